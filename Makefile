@@ -1,0 +1,45 @@
+# The commands to remember: make setup | run | serve | test | lint | bench
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= Why is the sky blue?
+MODEL ?= smollm2:135m
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run serve test lint bench clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	@echo "Installing what the tests and the linter need ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed ## Create .venv and install the project
+
+run: setup ## Answer PROMPT="..." with MODEL=smollm2:135m, in the terminal
+	@$(BIN)/tars run $(MODEL) "$(PROMPT)"
+
+serve: setup ## Start the server on 127.0.0.1:11434
+	@$(BIN)/tars serve
+
+test: $(VENV)/.tested ## Run all tests (pulls the default model, about 93 MB, once)
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup ## Measure prefill, decode, start-up and memory
+	@$(BIN)/python tests/bench/engine.py
+
+clean: ## Remove everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,116 @@
+"""``options`` of a request: request over model PARAMETER over default, each value checked against one table."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from api.schema import BadOption
+from tars_jax.config import SamplingParams
+from tars_jax.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+_INT32 = 2**31 - 1
+_IGNORED = frozenset(  # options of other runners, and old ones: accepted without effect
+    ("num_keep", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict", "typical_p", "mirostat")
+    + ("mirostat_tau", "mirostat_eta", "tfs_z", "penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock")
+    + ("numa", "num_gqa", "rope_frequency_base", "rope_frequency_scale")
+)
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return max(-_INT32, min(int(value), _INT32))
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
+        return None
+    return float(value)
+
+
+def _strings(value: Any) -> tuple[str, ...] | None:
+    items = [value] if isinstance(value, str) else value  # a lone string is what openapi.yaml allows
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        return None
+    return tuple(item for item in items if item)
+
+
+# Ollama's runner takes any number and clamps it; these are its clamps.
+_Clamp = Callable[[Any], Any]
+_READERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "integer": ("integer", _integer),
+    "float32": ("float32", _number),
+    "array": ("array", _strings),
+}
+_OPTIONS: Mapping[str, tuple[str, str, _Clamp]] = {  # option: (type, SamplingParams field, clamp)
+    "num_predict": ("integer", "max_tokens", lambda n: None if n < 0 else n),
+    "seed": ("integer", "seed", lambda n: None if n < 0 else n),
+    "temperature": ("float32", "temperature", lambda x: min(max(x, 0.0), 1e5)),
+    "top_k": ("integer", "top_k", lambda n: max(n, 0)),
+    "top_p": ("float32", "top_p", lambda x: min(max(x, 1e-9), 1.0)),
+    "min_p": ("float32", "min_p", lambda x: min(max(x, 0.0), 1.0)),
+    "repeat_penalty": ("float32", "repeat_penalty", lambda x: x),
+    "presence_penalty": ("float32", "presence_penalty", lambda x: x),
+    "frequency_penalty": ("float32", "frequency_penalty", lambda x: x),
+    "repeat_last_n": ("integer", "repeat_last_n", lambda n: max(n, -1)),
+    "stop": ("array", "stop", lambda strings: strings),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The merged options of a request: how to sample, and how the model must be loaded."""
+
+    sampling: SamplingParams
+    num_ctx: int | None = None  # tokens; None: the server's default
+
+
+def merge_options(
+    request: Mapping[str, Any],
+    model: Mapping[str, Any],
+    *,
+    grammar: str | None = None,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+) -> Options:
+    """Options of a request over the PARAMETERs of its model.
+
+    Raises:
+        BadOption: a value of the wrong type (500, as Ollama).
+        InvalidRequest: a value no sampler can use.
+    """
+    merged = {**_known(model), **_known(request)}
+    num_ctx = merged.pop("num_ctx", None)
+    fields = {_OPTIONS[name][1]: _OPTIONS[name][2](value) for name, value in merged.items()}
+    sampling = SamplingParams(**fields, grammar=grammar, logprobs=logprobs, top_logprobs=top_logprobs)
+    return Options(sampling, None if num_ctx is None or num_ctx <= 0 else max(num_ctx, 4))
+
+
+def check_top_logprobs(count: int) -> None:
+    if not 0 <= count <= 20:
+        raise InvalidRequest("top_logprobs must be between 0 and 20")
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that have an effect here, with checked types."""
+    values = {}
+    for name, value in options.items():
+        kind = "integer" if name == "num_ctx" else _OPTIONS[name][0] if name in _OPTIONS else None
+        if kind is None:
+            if name not in _IGNORED:
+                log.warning("invalid option provided: %r", name)
+        elif value is not None:
+            values[name] = _checked(name, kind, value)
+    return values
+
+
+def _checked(name: str, kind: str, value: Any) -> Any:
+    type_name, read = _READERS[kind]
+    result = read(value)
+    if result is None:
+        raise BadOption(f'option "{name}" must be of type {type_name}')
+    return result

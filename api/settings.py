@@ -1,0 +1,143 @@
+"""The one table of environment variables, read once into a frozen `Settings`. Parsing rules are Ollama's."""
+
+import dataclasses
+import ipaddress
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from api.durations import keep_alive_seconds, parse_duration
+from tars_jax.config import models_dir
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 11434
+_FALSE = frozenset({"", "0", "f", "false"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where a server listens, or where a client finds it. An empty host is every interface."""
+
+    scheme: str = "http"
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+
+    @property
+    def url(self) -> str:
+        """The base URL of a client: every interface is reached through loopback."""
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def parse_host(text: str) -> Address:
+    """``[scheme://]host[:port]``; a scheme sets the default port, a bad port falls back to it."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "http", text
+    default = {"http": 80, "https": 443}.get(scheme, DEFAULT_PORT) if separator else DEFAULT_PORT
+    rest = rest.partition("/")[0]
+    if rest.startswith("["):
+        host, _, port = rest[1:].partition("]")
+        return Address(scheme, host, _port(port.removeprefix(":"), default))
+    if rest.count(":") == 1:
+        host, _, port = rest.partition(":")
+        return Address(scheme, host, _port(port, default))
+    return Address(scheme, rest or "127.0.0.1", default)
+
+
+def _port(text: str, default: int) -> int:
+    if text.isascii() and text.isdigit() and int(text[:6]) <= 65535:
+        return int(text)
+    if text:
+        log.warning("invalid port %r, using %d", text, default)
+    return default
+
+
+def _boolean(text: str) -> bool:
+    return text.lower() not in _FALSE
+
+
+def _debug(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else int(_boolean(text))
+
+
+def _unsigned(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is not a number from 0 up")
+    return int(text)
+
+
+def _keep_alive(text: str) -> float:
+    try:
+        return keep_alive_seconds(int(text))
+    except ValueError:
+        return keep_alive_seconds(parse_duration(text))
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+    """An environment variable: the `Settings` field it fills, how its text is read, what it means."""
+
+    name: str
+    field: str
+    parse: Callable[[str], Any]
+    help: str
+
+
+VARIABLES = (
+    Variable("OLLAMA_HOST", "address", parse_host, "address of the server (default 127.0.0.1:11434)"),
+    Variable("OLLAMA_MODELS", "models", lambda text: Path(text).expanduser(), "folder of the models (default ~/.tars/models)"),
+    Variable("OLLAMA_KEEP_ALIVE", "keep_alive", _keep_alive, 'how long idle models stay loaded (default "5m", negative: forever)'),
+    Variable("OLLAMA_CONTEXT_LENGTH", "context_length", _unsigned, "tokens of a request, prompt and answer (default 4096)"),
+    Variable("OLLAMA_NUM_PARALLEL", "num_parallel", _unsigned, "requests decoded together (default: the engine's)"),
+    Variable("OLLAMA_MAX_LOADED_MODELS", "max_loaded_models", _unsigned, "models in memory at once (default 3)"),
+    Variable("OLLAMA_MAX_QUEUE", "max_queue", _unsigned, "waiting requests before new ones are refused (default 512)"),
+    Variable("OLLAMA_ORIGINS", "origins", _list, "comma-separated origins allowed besides local ones"),
+    Variable("OLLAMA_DEBUG", "debug", _debug, "0 information, 1 debug"),
+    Variable("OLLAMA_NOHISTORY", "no_history", _boolean, "do not keep the prompt history of interactive chats"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything the server and the command line take from the environment."""
+
+    address: Address = Address()
+    models: Path = dataclasses.field(default_factory=models_dir)
+    keep_alive: float = 300.0  # seconds; infinite: forever
+    context_length: int = 4096  # tokens of one request; a model's own limit may be lower
+    num_parallel: int = 0  # rows; 0: the engine's default
+    max_loaded_models: int = 3
+    max_queue: int = 512
+    origins: tuple[str, ...] = ()
+    debug: int = 0
+    no_history: bool = False
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Read the table; a value that cannot be read is reported and its default kept."""
+        values: dict[str, Any] = {}
+        for variable in VARIABLES:
+            text = environ.get(variable.name, "").strip().strip("\"'").strip()
+            if not text:
+                continue
+            try:
+                values[variable.field] = variable.parse(text)
+            except ValueError as error:
+                log.warning("%s: %s; keeping the default", variable.name, error)
+        automatic = [field for field in ("max_loaded_models", "context_length") if values.get(field) == 0]
+        return cls(**{field: value for field, value in values.items() if field not in automatic})

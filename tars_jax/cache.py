@@ -1,0 +1,71 @@
+"""The paged KV cache and the ragged batch that reads and writes it.
+
+A page holds ``page_size`` tokens of one sequence; a row's page table lists its pages in order. Page 0 belongs to nobody:
+padding writes there. (Kwon et al. 2023, PagedAttention, arXiv 2309.06180.)
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tars_jax.config import ModelConfig
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer: per layer one array [num_pages, KV heads, page_size, head_dim]."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+    @property
+    def page_size(self) -> int:
+        return int(self.k[0].shape[2])
+
+
+@struct.dataclass
+class RaggedBatch:
+    """T tokens of R sequences, each a run of neighbours in the token axis; padding tokens and rows come last.
+
+    tokens, positions: int32 [T]; padding tokens have position -1.
+    query_starts: int32 [R + 1], where each row's run begins; padding rows are empty runs.
+    kv_lengths: int32 [R], tokens in the row's cache once this batch is written (0 for padding rows).
+    page_tables: int32 [R, P].
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    query_starts: jax.Array
+    kv_lengths: jax.Array
+    page_tables: jax.Array
+
+    @property
+    def rows(self) -> jax.Array:
+        """Row of each token, int32 [T]; padding tokens get the last row."""
+        index = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
+        row = jnp.searchsorted(self.query_starts, index, side="right").astype(jnp.int32) - 1
+        return jnp.minimum(row, self.kv_lengths.shape[0] - 1)
+
+    @property
+    def last_tokens(self) -> jax.Array:
+        """Index of each row's last token, int32 [R]; 0 for padding rows."""
+        return jnp.maximum(self.query_starts[1:] - 1, 0)
+
+
+def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache of ``num_pages`` pages, page 0 included."""
+    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+    empty = [jnp.zeros(shape, dtype) for _ in range(2 * config.num_layers)]
+    return KVCache(k=tuple(empty[: config.num_layers]), v=tuple(empty[config.num_layers :]))
+
+
+def write_slots(batch: RaggedBatch, page_size: int) -> tuple[jax.Array, jax.Array]:
+    """Page and offset in it for each token, int32 [T] each; padding goes to page 0."""
+    page_index = jnp.maximum(batch.positions, 0) // page_size
+    page = jnp.where(batch.positions < 0, 0, batch.page_tables[batch.rows, page_index])
+    return page, jnp.maximum(batch.positions, 0) % page_size
+
+
+def write(pages: jax.Array, slots: tuple[jax.Array, jax.Array], values: jax.Array) -> jax.Array:
+    """Put values [T, KV heads, head_dim] into a layer's pages."""
+    return pages.at[slots[0], :, slots[1]].set(values.astype(pages.dtype))

@@ -1,0 +1,172 @@
+"""Where ``tars run`` finds its model: in a running server, or in this process. Both give the same Ollama-shaped chunks."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tars_jax.errors import ModelNotFound, TarsError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from api.models import Models
+    from api.settings import Settings
+
+Chunk = dict[str, Any]
+
+
+class Backend(Protocol):
+    """What an interactive session needs of its models."""
+
+    def has(self, model: str) -> bool:
+        """Whether the model is here."""
+
+    def pull(self, model: str) -> Iterator[Chunk]:
+        """Bring it; status events."""
+
+    def chat(self, body: Mapping[str, Any]) -> Iterator[Chunk]:
+        """The chunks of an answer to the body of a chat request. Closing the iterator stops the answer."""
+
+    def show(self, model: str) -> Chunk:
+        """What /api/show says of a model."""
+
+    def names(self) -> list[str]:
+        """The names of all models."""
+
+    def close(self) -> None:
+        """Let everything go."""
+
+
+class ServerBackend:
+    """A running server."""
+
+    def __init__(self, client: "httpx.Client") -> None:
+        self._client = client
+
+    def has(self, model: str) -> bool:
+        try:
+            self.show(model)
+        except ModelNotFound:
+            return False
+        return True
+
+    def pull(self, model: str) -> Iterator[Chunk]:
+        return self._stream("/api/pull", {"model": model})
+
+    def chat(self, body: Mapping[str, Any]) -> Iterator[Chunk]:
+        return self._stream("/api/chat", body)
+
+    def generate(self, body: Mapping[str, Any]) -> Chunk:
+        """The answer of a generate request that is not streamed."""
+        return _checked(self._client.post("/api/generate", json=body))
+
+    def show(self, model: str) -> Chunk:
+        return _checked(self._client.post("/api/show", json={"model": model}))
+
+    def running(self) -> list[Chunk]:
+        """The models in memory."""
+        return list(_checked(self._client.get("/api/ps"))["models"])
+
+    def names(self) -> list[str]:
+        return [model["name"] for model in _checked(self._client.get("/api/tags"))["models"]]
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Chunk]:
+        with self._client.stream("POST", path, json=body) as response:
+            if response.is_error:
+                response.read()
+                _checked(response)
+            for line in response.iter_lines():
+                chunk: Chunk = json.loads(line)
+                if "error" in chunk:
+                    raise TarsError(chunk["error"])
+                yield chunk
+
+
+def _checked(response: "httpx.Response") -> Chunk:
+    answer: Chunk = response.json()
+    if response.is_error:
+        raise (ModelNotFound if response.status_code == 404 else TarsError)(answer.get("error", response.text))
+    return answer
+
+
+def find_server(settings: "Settings") -> ServerBackend | None:
+    """The TARS server at OLLAMA_HOST, None if there is none; another program that speaks the API is not meant."""
+    import httpx
+
+    client = httpx.Client(base_url=settings.address.url, timeout=httpx.Timeout(None, connect=0.2), trust_env=False)
+    try:
+        if client.head("/", timeout=0.2).headers.get("server") == "tars":
+            return ServerBackend(client)
+    except httpx.HTTPError:
+        pass
+    client.close()
+    return None
+
+
+class LocalBackend:
+    """The engine in this process, without HTTP: the same generators the server streams."""
+
+    def __init__(self, models: "Models") -> None:
+        self._models = models
+        self._runner = asyncio.Runner()
+
+    def has(self, model: str) -> bool:
+        try:
+            self._models.store.find(model)
+        except ModelNotFound:
+            return False
+        return True
+
+    def pull(self, model: str) -> Iterator[Chunk]:
+        from tars_jax.hub import pull
+
+        return pull(model, self._models.store)
+
+    def chat(self, body: Mapping[str, Any]) -> Iterator[Chunk]:
+        from api.decode import decode
+        from api.ollama import chat_chunks
+        from api.schema import ChatRequest
+
+        request = decode(ChatRequest, json.dumps(body).encode())
+        return self._iterate(chat_chunks(self._models, request))
+
+    def _iterate(self, chunks: AsyncIterator[Chunk]) -> Iterator[Chunk]:
+        """An async generator, run step by step; the engine works on in its own thread between the steps."""
+
+        async def step() -> Chunk | None:
+            return await anext(chunks, None)
+
+        async def close() -> None:
+            await chunks.aclose()  # type: ignore[attr-defined]
+
+        try:
+            while (chunk := self._runner.run(step())) is not None:
+                yield chunk
+        finally:
+            self._runner.run(close())
+
+    def show(self, model: str) -> Chunk:
+        from api.catalog import show
+
+        return show(self._models.store, model)
+
+    def names(self) -> list[str]:
+        return [stored.name.short() for stored in self._models.store.models()]
+
+    def close(self) -> None:
+        self._runner.run(self._models.close())
+        self._runner.close()
+
+
+def open_backend(settings: "Settings") -> Backend:
+    """A running server if there is one, else this process."""
+    if server := find_server(settings):
+        return server
+    from api.models import Models
+    from tars_jax.store import Store
+
+    return LocalBackend(Models(Store(settings.models), settings))

@@ -1,0 +1,221 @@
+"""The engine: many requests, one device. One thread per engine owns the device state; everybody else sends it messages."""
+
+import dataclasses
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence as SequenceOf
+
+import jax
+import numpy as np
+
+from tars_jax.config import EngineConfig, SamplingParams
+from tars_jax.engine.pages import PageAllocator
+from tars_jax.engine.request import Output, Request
+from tars_jax.engine.scheduler import Plan, Scheduler
+from tars_jax.engine.sequence import Sequence
+from tars_jax.engine.step import build_batch, init_state, read_row, run_step
+from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
+from tars_jax.load import Model
+
+log = logging.getLogger(__name__)
+_request_ids = itertools.count(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """Numbers of an engine: gauges of now, counters since its start."""
+
+    running: int
+    waiting: int
+    num_pages: int
+    free_pages: int
+    nbytes: int  # weights and cache
+    steps: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+
+
+def resolve(config: EngineConfig, model: Model) -> EngineConfig:
+    """Fill in what the configuration leaves to the model, and refuse what cannot be."""
+    limit = model.config.context_length
+    context = min(config.max_context or min(limit, 4096), limit)
+    tokens = config.cache_tokens or max(2 * context, 8192)
+    if tokens < context:
+        raise InvalidRequest(f"a cache of {tokens} tokens cannot hold one request of {context}; raise cache_tokens or lower max_context")
+    return dataclasses.replace(config, max_context=context, cache_tokens=tokens)
+
+
+def new_request_id() -> int:
+    """A number no other request of this process has."""
+    return next(_request_ids)
+
+
+class Engine:
+    """Runs a model for many requests at once (continuous batching over a paged KV cache)."""
+
+    def __init__(self, model: Model, config: EngineConfig = EngineConfig()) -> None:
+        self.model, self.config = model, resolve(config, model)
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._sequences: dict[int, Sequence] = {}
+        self._in_flight: tuple[Plan, jax.Array] | None = None
+        self._counters = dict.fromkeys(("steps", "prompt_tokens", "output_tokens"), 0)
+        self._closing = False
+        self._reset()
+        self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
+        self._thread.start()
+
+    # What other threads call.
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ContextOverflow, InvalidRequest or ServerBusy; later faults go to the request's sink."""
+        sequence = self._checked(request)
+        with self._wake:
+            if self._closing:
+                raise TarsError("the engine is closed")
+            if len(self._scheduler.waiting) + len(self._inbox) >= self.config.max_queue:
+                raise ServerBusy("server busy, please try again.  maximum pending requests exceeded")
+            self._post(lambda: self._admit(sequence))
+
+    def cancel(self, request_id: int) -> None:
+        """Stop a request; its sink gets a last output, unless it has ended already."""
+        with self._wake:
+            self._post(lambda: self._end(request_id))
+
+    def generate(self, prompt: str | SequenceOf[int], params: SamplingParams | None = None) -> Iterator[str]:
+        """Text of one answer, piece by piece; closing the iterator cancels the request."""
+        ids = self.model.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
+        outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        request = Request(new_request_id(), tuple(ids), params or SamplingParams(), outputs.put)
+        self.submit(request)
+        try:
+            while True:
+                output = outputs.get()
+                if output.text:
+                    yield output.text
+                if output.error:
+                    raise TarsError(output.error)
+                if output.finish_reason:
+                    return
+        finally:
+            self.cancel(request.id)
+
+    def stats(self) -> EngineStats:
+        """A snapshot; cheap, from any thread."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            num_pages=scheduler.pages.num_pages,
+            free_pages=scheduler.pages.num_free,
+            nbytes=self._nbytes,
+            preemptions=scheduler.num_preemptions,
+            **self._counters,
+        )
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread and let the device state go. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # What the engine's own thread does.
+
+    def _loop(self) -> None:
+        while not self._closing:
+            with self._wake:
+                while not (self._inbox or self._scheduler.has_work or self._in_flight or self._closing):
+                    self._wake.wait()
+                inbox, self._inbox = self._inbox, []
+            for message in inbox:
+                message()
+            try:
+                self._step()
+            except Exception as error:
+                log.exception("a step failed; its requests end, the engine goes on")
+                self._fail(error)
+        for request_id in list(self._sequences):
+            self._end(request_id)
+        del self._state
+
+    def _step(self) -> None:
+        """Plan a step and send it off, then read the one before: the host works while the device does."""
+        plan = self._scheduler.schedule()
+        dispatched = (plan, self._dispatch(plan)) if plan else None
+        if self._in_flight:
+            self._commit(*self._in_flight)
+        self._in_flight = dispatched
+
+    def _dispatch(self, plan: Plan) -> jax.Array:
+        batch = build_batch(plan, self.config, self.model.config.vocab_size)
+        self._state, out = run_step(self.model.params, self._state, batch, config=self.model.config, dtype=self.model.dtype)
+        return out
+
+    def _commit(self, plan: Plan, out: jax.Array) -> None:
+        rows = np.asarray(out)  # waits for the device
+        self._counters["steps"] += 1
+        for row, span in zip(rows, plan, strict=False):
+            sequence = span.sequence
+            if span.start < sequence.prompt_length:
+                self._counters["prompt_tokens"] += min(span.count, sequence.prompt_length - span.start)
+            if not span.samples:
+                continue
+            self._counters["output_tokens"] += sequence.finish_reason is None
+            sequence.append(*read_row(row, sequence.params.top_logprobs))
+            if sequence.finish_reason:
+                self._forget(sequence)
+
+    def _admit(self, sequence: Sequence) -> None:
+        self._sequences[sequence.request.id] = sequence
+        if sequence.max_tokens == 0:
+            sequence.finish("length")
+            self._forget(sequence)
+        else:
+            self._scheduler.add(sequence)
+
+    def _end(self, request_id: int) -> None:
+        if sequence := self._sequences.get(request_id):
+            sequence.finish("cancelled")
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if self._sequences.pop(sequence.request.id, None):
+            self._scheduler.release(sequence)
+
+    def _fail(self, error: Exception) -> None:
+        """End every running request and start from an empty state; what waits is kept."""
+        waiting = [s for s in self._scheduler.waiting if not s.computed]
+        for sequence in self._scheduler.running:
+            sequence.finish("error", error=f"the engine failed: {error}")
+            self._sequences.pop(sequence.request.id, None)
+        self._reset()
+        for sequence in waiting:
+            self._scheduler.add(sequence)
+
+    def _reset(self) -> None:
+        self._in_flight = None
+        self._state = init_state(self.model.config, self.config)
+        pages = PageAllocator(self._state.cache.k[0].shape[0], self.config.page_size)
+        self._scheduler = Scheduler(pages, max_rows=self.config.max_rows, max_step_tokens=self.config.max_step_tokens)
+        self._nbytes = self.model.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+
+    def _post(self, message: Callable[[], None]) -> None:
+        self._inbox.append(message)
+        self._wake.notify()
+
+    def _checked(self, request: Request) -> Sequence:
+        size, limit = len(request.prompt_ids), self.config.max_context
+        if not size:
+            raise InvalidRequest("the prompt is empty")
+        if size >= limit:
+            raise ContextOverflow(f"the prompt is {size} tokens long, but the context window is {limit}; shorten it or raise num_ctx")
+        vocab = self.model.config.vocab_size
+        if wrong := [i for i in request.prompt_ids if not 0 <= i < vocab]:
+            raise InvalidRequest(f"token {wrong[0]} is outside the vocabulary of {vocab}")
+        constraint = self.model.constraint(request.params.grammar) if request.params.grammar else None
+        return Sequence(request, self.model.tokenizer, limit, constraint)

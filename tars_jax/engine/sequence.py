@@ -1,0 +1,148 @@
+"""A request on its way through the engine: its tokens, its place on the device, and the text it has produced."""
+
+import time
+from typing import Protocol
+
+import numpy as np
+
+from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
+from tars_jax.tokenizer import TextStream, Tokenizer
+
+
+class Constraint(Protocol):
+    """Which tokens may come next (see `tars_jax.grammar`)."""
+
+    def fill(self, allowed: np.ndarray) -> None:
+        """Write the allowed tokens' bits, uint32 [ceil(V / 32)]."""
+
+    def consume(self, token_id: int) -> None:
+        """Advance by one token."""
+
+
+class StopStrings:
+    """Cuts text at the first stop string, and holds back what may become one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Text that is safe to show, and whether a stop string was found (the rest is then dropped)."""
+        if not self._stops:
+            return text, False
+        text, self._held = self._held + text, ""
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            return text[: min(found)], True
+        hold = max(self._overlap(text, stop) for stop in self._stops)
+        if hold:
+            text, self._held = text[:-hold], text[-hold:]
+        return text, False
+
+    def flush(self) -> str:
+        """What was held back, at the end of a text without a stop."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of ``text`` that begins ``stop``."""
+        return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+class Sequence:
+    """What the engine knows of a request.
+
+    ``tokens`` are the known ones: prompt and answer. ``length`` counts also those sampled on the device and not read yet,
+    ``computed`` those that were sent to be written to the cache. A sequence can go into a step while computed < length.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, max_context: int, constraint: Constraint | None = None) -> None:
+        self.request, self.params = request, request.params
+        self.tokens = list(request.prompt_ids)
+        self.prompt_length = self.length = len(self.tokens)
+        self.computed = 0
+        self.slot = -1  # row of the device's token table; -1: not running
+        self.pages: list[int] = []
+        self.constraint = constraint
+        self.finish_reason: FinishReason | None = None
+        room = max_context - self.prompt_length
+        self.max_tokens = room if self.params.max_tokens is None else min(self.params.max_tokens, room)
+        self.seed = self.params.seed if self.params.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+        self._ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else tokenizer.eog_ids)
+        self._text = TextStream(tokenizer, continues=True)
+        self._stops = StopStrings(self.params.stop)
+        self.started = self.first_token = 0.0  # seconds, time.monotonic()
+
+    @property
+    def pending(self) -> int:
+        """Tokens sampled on the device and not read yet."""
+        return self.length - len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be sent to the device."""
+        return self.length - self.computed
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next step may include this sequence."""
+        exhausted = self.length - self.prompt_length >= self.max_tokens
+        waits_for_mask = self.constraint is not None and self.pending > 0
+        return self.finish_reason is None and not exhausted and not waits_for_mask
+
+    def advance(self, count: int) -> bool:
+        """Note that ``count`` tokens go into a step; True if the step samples the next token."""
+        self.started = self.started or time.monotonic()
+        self.computed += count
+        if self.computed < self.length:
+            return False
+        self.length += 1
+        return True
+
+    def restart(self) -> None:
+        """Forget what is on the device: pages and row were given away."""
+        self.computed, self.slot, self.pages = 0, -1, []
+
+    def append(self, token_id: int, logprob: TokenLogprob) -> None:
+        """Take a sampled token: text goes to the sink, and the sequence may end."""
+        self.tokens.append(token_id)
+        if self.finish_reason is not None:
+            return
+        self.first_token = self.first_token or time.monotonic()
+        if token_id in self._ends:
+            self.finish("stop")
+            return
+        if self.constraint is not None:
+            self.constraint.consume(token_id)
+        text, stopped = self._stops.push(self._text.push(token_id))
+        logprobs = (logprob,) if self.params.logprobs else ()
+        self.request.sink(Output(text=text, token_ids=(token_id,), logprobs=logprobs))
+        if stopped:
+            self.finish("stop", flush=False)
+        elif len(self.tokens) - self.prompt_length >= self.max_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, *, flush: bool = True, error: str | None = None) -> None:
+        """End the request, once: the last output carries the reason and the usage."""
+        if self.finish_reason is not None:
+            return
+        self.finish_reason = reason
+        text = self._rest() if flush else ""
+        self.request.sink(Output(text=text, finish_reason=reason, error=error, usage=self._usage()))
+
+    def _rest(self) -> str:
+        text, stopped = self._stops.push(self._text.flush())
+        return text if stopped else text + self._stops.flush()
+
+    def _usage(self) -> Usage:
+        now = time.monotonic()
+        started = self.started or now
+        first = self.first_token or now
+        return Usage(
+            prompt_tokens=self.prompt_length,
+            output_tokens=len(self.tokens) - self.prompt_length,
+            queue_seconds=started - self.request.created,
+            prefill_seconds=first - started,
+            decode_seconds=now - first,
+        )

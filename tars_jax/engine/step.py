@@ -1,0 +1,130 @@
+"""One step on the device: run the planned tokens, sample where a sequence's last token is among them.
+
+The device keeps each row's token history, so a decode's input token never visits the host between two steps.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from tars_jax.cache import KVCache, RaggedBatch, init_cache
+from tars_jax.config import EngineConfig, ModelConfig
+from tars_jax.engine.request import TokenLogprob
+from tars_jax.engine.scheduler import Plan
+from tars_jax.model import Decoder, forward, logits
+from tars_jax.sampling import MAX_TOP_LOGPROBS, SampleRows, sample
+
+FROM_DEVICE = -1  # input token: the one this row sampled last
+
+
+@struct.dataclass
+class EngineState:
+    """What lives on the device between steps. tokens: int32 [max_rows, max_context], each slot's token history."""
+
+    cache: KVCache
+    tokens: jax.Array
+
+
+@struct.dataclass
+class StepBatch:
+    """Input of a step of T tokens and R rows. slots: int32 [R], max_rows for padding; samples: bool [R]."""
+
+    ragged: RaggedBatch
+    slots: jax.Array
+    samples: jax.Array
+    rows: SampleRows
+
+
+def init_state(config: ModelConfig, engine: EngineConfig) -> EngineState:
+    """An empty cache and token table for a resolved engine configuration."""
+    num_pages = 1 + -(-engine.cache_tokens // engine.page_size)
+    cache = init_cache(config, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype))
+    return EngineState(cache=cache, tokens=jnp.zeros((engine.max_rows, engine.max_context), jnp.int32))
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
+def run_step(params: Decoder, state: EngineState, batch: StepBatch, *, config: ModelConfig, dtype: str) -> tuple[EngineState, jax.Array]:
+    """``(state, out)``: out is int32 [R, 2 + 2 * MAX_TOP_LOGPROBS], see `read_row`; rows that do not sample hold noise."""
+    ragged = batch.ragged
+    max_rows, context = state.tokens.shape
+    token_slots = jnp.where(ragged.positions < 0, max_rows, batch.slots[ragged.rows])
+    known = state.tokens.at[token_slots, ragged.positions].get(mode="fill", fill_value=0)
+    ragged = ragged.replace(tokens=jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens))
+    tokens = state.tokens.at[token_slots, ragged.positions].set(ragged.tokens, mode="drop")
+    hidden, cache = forward(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
+    history = tokens.at[batch.slots].get(mode="fill", fill_value=0)
+    sampled = sample(logits(params, hidden[ragged.last_tokens]), batch.rows, history, ragged.kv_lengths)
+    target = jnp.where(batch.samples, batch.slots, max_rows)
+    tokens = tokens.at[target, ragged.kv_lengths].set(sampled.tokens, mode="drop")
+    floats = jnp.concatenate([sampled.logprob[:, None], sampled.top_logprobs], axis=1)
+    out = jnp.concatenate([sampled.tokens[:, None], sampled.top_ids, jax.lax.bitcast_convert_type(floats, jnp.int32)], axis=1)
+    return EngineState(cache=cache, tokens=tokens), out
+
+
+def read_row(row: np.ndarray, wanted: int) -> tuple[int, TokenLogprob]:
+    """A row of `run_step`'s output as token id and log-probability with ``wanted`` alternatives."""
+    token, ids = int(row[0]), row[1 : 1 + wanted]
+    floats = row[1 + MAX_TOP_LOGPROBS :].view(np.float32)
+    top = tuple(zip(ids.tolist(), floats[1 : 1 + wanted].tolist(), strict=True))
+    return token, TokenLogprob(token, float(floats[0]), top)
+
+
+def bucket(count: int) -> int:
+    """The power of two that holds ``count``: steps come in few shapes."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def build_batch(plan: Plan, engine: EngineConfig, vocab_size: int) -> StepBatch:
+    """A plan as arrays, padded to its bucket of T tokens and R = min(T, max_rows) rows."""
+    total = sum(span.count for span in plan)
+    T = bucket(total)
+    R = min(T, engine.max_rows)
+    tokens, positions = np.zeros(T, np.int32), np.full(T, -1, np.int32)
+    starts, lengths = np.full(R + 1, total, np.int32), np.zeros(R, np.int32)
+    tables = np.zeros((R, -(-engine.max_context // engine.page_size)), np.int32)
+    slots, samples = np.full(R, engine.max_rows, np.int32), np.zeros(R, bool)
+    at = 0
+    for r, span in enumerate(plan):
+        sequence, end = span.sequence, span.start + span.count
+        known = sequence.tokens[span.start : end]
+        tokens[at : at + span.count] = known + [FROM_DEVICE] * (span.count - len(known))
+        positions[at : at + span.count] = np.arange(span.start, end)
+        starts[r], lengths[r], slots[r], samples[r] = at, end, sequence.slot, span.samples
+        tables[r, : len(sequence.pages)] = sequence.pages
+        at += span.count
+    ragged = RaggedBatch(tokens=tokens, positions=positions, query_starts=starts, kv_lengths=lengths, page_tables=tables)
+    return StepBatch(ragged=ragged, slots=slots, samples=samples, rows=_sample_rows(plan, R, engine.max_context, vocab_size))
+
+
+def _sample_rows(plan: Plan, R: int, max_context: int, vocab_size: int) -> SampleRows:
+    """Padding rows and rows that do not sample are greedy: they cost nothing."""
+    rows = SampleRows(
+        temperature=np.zeros(R, np.float32),
+        top_k=np.zeros(R, np.int32),
+        top_p=np.ones(R, np.float32),
+        min_p=np.zeros(R, np.float32),
+        repeat_penalty=np.ones(R, np.float32),
+        presence_penalty=np.zeros(R, np.float32),
+        frequency_penalty=np.zeros(R, np.float32),
+        window=np.zeros(R, np.int32),
+        seed=np.zeros(R, np.uint32),
+        top_logprobs=np.zeros(R, np.int32),
+        masked=np.zeros(R, bool),
+        allowed=np.zeros((R, -(-vocab_size // 32)), np.uint32),
+    )
+    for r, span in enumerate(plan):
+        if not span.samples:
+            continue
+        params, sequence = span.sequence.params, span.sequence
+        for field in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
+            getattr(rows, field)[r] = getattr(params, field)
+        rows.window[r] = max_context if params.repeat_last_n < 0 else params.repeat_last_n
+        rows.seed[r] = sequence.seed & 0xFFFFFFFF
+        rows.top_logprobs[r] = params.top_logprobs if params.logprobs else 0
+        if sequence.constraint is not None:
+            rows.masked[r] = True
+            sequence.constraint.fill(rows.allowed[r])
+    return rows

@@ -1,0 +1,41 @@
+"""Errors a person may meet: one clear line that says what was wrong and what to do.
+
+The command line prints the message and exits with ``exit_code``; the HTTP layer answers with ``status``.
+"""
+
+
+class TarsError(Exception):
+    """Base of every expected error. ``str(error)`` is the whole message for the user."""
+
+    status = 500  # HTTP status when it reaches the API
+    exit_code = 1  # process exit code when it reaches the command line
+
+
+class InvalidRequest(TarsError):
+    """The request itself is wrong: a bad option, an impossible value."""
+
+    status = 400
+
+
+class ModelNotFound(TarsError):
+    """No such model in the store, the catalogue or on disk."""
+
+    status = 404
+
+
+class ModelFileError(TarsError):
+    """A model file is truncated, malformed, hostile or of an unsupported kind."""
+
+
+class PullError(TarsError):
+    """No source of a model could deliver it; the message names each source with its reason."""
+
+
+class ContextOverflow(InvalidRequest):
+    """A prompt does not fit the context window."""
+
+
+class ServerBusy(TarsError):
+    """The queue is full."""
+
+    status = 503

@@ -1,0 +1,73 @@
+"""Opening models: `load` takes a name from the store or a path, and gives a `Model`."""
+
+import math
+import os
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from tars_jax.chat import CHATML, ChatTemplate
+from tars_jax.config import models_dir
+from tars_jax.errors import ModelFileError
+from tars_jax.load.gguf import GGUFFile, open_gguf
+from tars_jax.load.gguf_model import read_config, tensor_reader
+from tars_jax.load.loaded import Model
+from tars_jax.load.params import Progress, WeightForm, build_params
+from tars_jax.store import Store
+from tars_jax.tokenizer import Tokenizer
+
+__all__ = ["Model", "load"]
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    store: Store | None = None,
+    weights: Literal["auto", "packed", "dense"] = "auto",
+    progress: Progress | None = None,
+) -> Model:
+    """Open a model by its name in the store or by the path of its file.
+
+    weights: "packed" keeps quantised matrices as they are, "dense" expands them to the compute type; "auto" expands what
+    takes at most a quarter of the free memory, because without a kernel XLA would expand them again on every step.
+    Raises ModelNotFound and ModelFileError.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        path = (store or Store(models_dir())).find(str(name_or_path)).model_path
+    file = open_gguf(path)
+    config = read_config(file)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    form = _choose_form(file, dtype) if weights == "auto" else weights
+    table, sizes, read = tensor_reader(file, config)
+    params = build_params(config, table, sizes, read, source=str(path), form=form, dtype=dtype, progress=progress)
+    tokenizer = Tokenizer.from_gguf(file.metadata)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelFileError(f"{path}: {tokenizer.vocab_size} tokens but only {config.vocab_size} embeddings")
+    template = _chat_template(file, tokenizer)
+    return Model(str(name_or_path), path, config, params, tokenizer, template, file.metadata, dtype)
+
+
+def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
+    def text(token_id: int | None) -> str:
+        return "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    source = file.metadata.get("tokenizer.chat_template") or CHATML
+    return ChatTemplate(source, bos_token=text(tokenizer.bos_id), eos_token=text(tokenizer.eos_id))
+
+
+def _choose_form(file: GGUFFile, dtype: str) -> WeightForm:
+    elements = sum(math.prod(info.shape) for info in file.tensors.values())
+    expanded = elements * (4 if dtype == "float32" else 2)
+    return "dense" if expanded <= free_memory() // 4 else "packed"
+
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be taken without swapping: MemAvailable on Linux, elsewhere half of what is installed."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

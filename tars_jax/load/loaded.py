@@ -1,0 +1,95 @@
+"""A model ready to run: configuration, parameters, tokenizer and chat template."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tars_jax.cache import KVCache, RaggedBatch, init_cache
+from tars_jax.chat import ChatTemplate
+from tars_jax.config import ModelConfig
+from tars_jax.errors import ContextOverflow, InvalidRequest
+from tars_jax.grammar import Constraint, GrammarCompiler
+from tars_jax.model import Decoder, forward, logits
+from tars_jax.tokenizer import Tokenizer
+
+SCORE_TOKENS = 512  # tokens scored at once by `Model.logits`
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """An opened model. ``dtype`` names the type activations are computed in."""
+
+    name: str
+    path: Path
+    config: ModelConfig
+    params: Decoder
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    metadata: Mapping[str, Any]
+    dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> str:
+        """The conversation as the model's own template writes it, ready for the answer."""
+        return self.chat_template.render(messages, tools=tools, **variables)
+
+    def constraint(self, grammar: str) -> Constraint:
+        """A fresh matcher for "json" or a JSON schema. Raises InvalidRequest for what cannot be enforced."""
+        return self._grammars.compile(grammar)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after every token, float32 [T, V]. Raises InvalidRequest or ContextOverflow."""
+        count = len(ids)
+        if not count:
+            raise InvalidRequest("logits need at least one token")
+        if count > self.config.context_length:
+            raise ContextOverflow(f"{count} tokens do not fit the model's context of {self.config.context_length}")
+        page = 16
+        pages = -(-count // page)
+        cache = init_cache(self.config, 1 + pages, page, jnp.dtype(self.dtype))
+        table = np.arange(1, pages + 1, dtype=np.int32)[None]
+        parts = []
+        for start in range(0, count, SCORE_TOKENS):
+            chunk = np.asarray(ids[start : start + SCORE_TOKENS], np.int32)
+            scores, cache = _score(self.params, cache, _single_row(chunk, start, table), config=self.config, dtype=self.dtype, context=count)
+            parts.append(np.asarray(scores)[: len(chunk)])
+        return np.concatenate(parts)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.config.vocab_size)
+
+
+def _single_row(tokens: np.ndarray, start: int, table: np.ndarray) -> RaggedBatch:
+    """A batch of one sequence's tokens from position ``start``, padded to a power of two."""
+    count = len(tokens)
+    padded = 1 << (count - 1).bit_length()
+    positions = np.full(padded, -1, np.int32)
+    positions[:count] = np.arange(start, start + count)
+    return RaggedBatch(
+        tokens=np.pad(tokens, (0, padded - count)),
+        positions=positions,
+        query_starts=np.array([0, count], np.int32),
+        kv_lengths=np.array([start + count], np.int32),
+        page_tables=table,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "context"), donate_argnames="cache")
+def _score(
+    params: Decoder, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, dtype: str, context: int
+) -> tuple[jax.Array, KVCache]:
+    hidden, cache = forward(params, config, batch, cache, context=context, dtype=jnp.dtype(dtype))
+    return logits(params, hidden), cache

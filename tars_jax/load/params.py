@@ -1,0 +1,61 @@
+"""From tensors in a file to the parameter tree: names matched, shapes checked, weights packed or made dense."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tars_jax.config import ModelConfig
+from tars_jax.load.blocks import Blocks
+from tars_jax.load.names import canonical, refuse
+from tars_jax.model import Decoder, leaf_name, spec
+from tars_jax.quant import Weight, pack
+
+ReadTensor = Callable[[str, str], np.ndarray | Blocks]  # (name in the file, canonical name) -> value
+WeightForm = Literal["packed", "dense"]
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def build_params(
+    config: ModelConfig,
+    table: Mapping[str, str],
+    sizes: Mapping[str, int],
+    read: ReadTensor,
+    *,
+    source: str,
+    form: WeightForm,
+    dtype: str,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Parameters of a model. ``sizes``: bytes of every tensor in the file; ``source`` names it in errors.
+
+    form "packed" keeps quantised matrices as `QArray`; "dense" makes every matrix an array of ``dtype``. Vectors are
+    float32. Raises ModelFileError that reports all faults together.
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(spec(config))
+    expected = {leaf_name(path): leaf.shape for path, leaf in paths}
+    names = canonical(sizes, table, expected, source)
+    total, done = sum(sizes[name] for name in names.values()), 0
+    leaves: list[Any] = []
+    faults: list[str] = []
+    for leaf, shape in expected.items():
+        value = read(names[leaf], leaf)
+        if value.shape != shape:
+            faults.append(f"{names[leaf]} has shape {list(value.shape)}, expected {list(shape)}")
+        else:
+            leaves.append(_to_weight(value, form, dtype))
+        done += sizes[names[leaf]]
+        if progress:
+            progress(done, total)
+    refuse(faults, source)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str) -> Weight:
+    if isinstance(value, Blocks) and form == "packed" and len(value.shape) == 2:
+        packed = pack(value.codes, value.scales, value.mins, bits=value.bits, group=value.group)
+        return jax.tree.map(jnp.asarray, packed)
+    dense = value.dequantize() if isinstance(value, Blocks) else value
+    return jnp.asarray(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype))

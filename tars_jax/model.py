@@ -1,0 +1,195 @@
+"""The decoder family of Llama: parameters as a pytree, the forward pass as functions of it.
+
+Parameter shapes, logical axes and names stand in one place, `spec`; loading, initialisation and sharding walk that tree.
+Sources: LLaMA arXiv 2302.13971, GQA arXiv 2305.13245, SwiGLU arXiv 2002.05202, Qwen3 query/key norms arXiv 2505.09388.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tars_jax import ops
+from tars_jax.attention import ragged_attention
+from tars_jax.cache import KVCache, RaggedBatch, write, write_slots
+from tars_jax.config import ModelConfig
+
+
+Rotation = tuple[jax.Array, jax.Array]  # cos and sin of `ops.rope_table`
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """What a parameter is: its shape and the logical axis of each dimension."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+@struct.dataclass
+class Layer:
+    """One block. Matrices are [outputs, inputs]; leaves are arrays, `QArray`s or `LowRank`s (specs in `spec`'s tree)."""
+
+    attention_norm: Any
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    mlp_norm: Any
+    up: Any
+    down: Any
+    gate: Any = None
+    q_bias: Any = None
+    k_bias: Any = None
+    v_bias: Any = None
+    o_bias: Any = None
+    up_bias: Any = None
+    down_bias: Any = None
+    gate_bias: Any = None
+    q_norm: Any = None
+    k_norm: Any = None
+
+
+@struct.dataclass
+class Decoder:
+    """All parameters. ``lm_head`` is None when the embedding is tied to it."""
+
+    embed: Any
+    layers: tuple[Layer, ...]
+    norm: Any
+    lm_head: Any = None
+
+
+def spec(config: ModelConfig) -> Decoder:
+    """The parameter tree with an `ArraySpec` at every leaf."""
+    embedding = ArraySpec((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+    return Decoder(
+        embed=embedding,
+        layers=tuple(_layer_spec(config) for _ in range(config.num_layers)),
+        norm=ArraySpec((config.hidden_size,), ("embed",)),
+        lm_head=None if config.tie_embeddings else embedding,
+    )
+
+
+def _layer_spec(config: ModelConfig) -> Layer:
+    D, F, hd = config.hidden_size, config.intermediate_size, config.head_dim
+    Q, KV = config.num_heads * hd, config.num_kv_heads * hd
+
+    def vector(size: int, axis: str, wanted: bool = True) -> ArraySpec | None:
+        return ArraySpec((size,), (axis,)) if wanted else None
+
+    up = ArraySpec((F, D), ("mlp", "embed"))
+    return Layer(
+        attention_norm=vector(D, "embed"),
+        q=ArraySpec((Q, D), ("heads", "embed")),
+        k=ArraySpec((KV, D), ("kv_heads", "embed")),
+        v=ArraySpec((KV, D), ("kv_heads", "embed")),
+        o=ArraySpec((D, Q), ("embed", "heads")),
+        mlp_norm=vector(D, "embed"),
+        up=up,
+        down=ArraySpec((D, F), ("embed", "mlp")),
+        gate=up if config.gated_mlp else None,
+        q_bias=vector(Q, "heads", config.qkv_bias),
+        k_bias=vector(KV, "kv_heads", config.qkv_bias),
+        v_bias=vector(KV, "kv_heads", config.qkv_bias),
+        o_bias=vector(D, "embed", config.out_bias),
+        up_bias=vector(F, "mlp", config.mlp_bias),
+        down_bias=vector(D, "embed", config.mlp_bias),
+        gate_bias=vector(F, "mlp", config.mlp_bias and config.gated_mlp),
+        q_norm=vector(hd, "head_dim", config.qk_norm),
+        k_norm=vector(hd, "head_dim", config.qk_norm),
+    )
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Canonical dotted name of a leaf of the parameter tree, e.g. ``layers.3.q_bias``."""
+    return ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
+
+
+def init(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
+    """Random parameters: norms one, biases zero, matrices normal with deviation 1 / sqrt(inputs)."""
+
+    def draw(path: tuple[Any, ...], leaf: ArraySpec) -> jax.Array:
+        name = leaf_name(path)
+        if len(leaf.shape) == 1:
+            return jnp.full(leaf.shape, 0.0 if name.endswith("bias") else 1.0, dtype)
+        leaf_key = jax.random.fold_in(key, sum(name.encode()) * 1009 + len(name))
+        return jax.random.normal(leaf_key, leaf.shape, dtype) * jnp.asarray(leaf.shape[1] ** -0.5, dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, spec(config))
+
+
+def forward(
+    params: Decoder, config: ModelConfig, batch: RaggedBatch, cache: KVCache, *, context: int, dtype: jnp.dtype
+) -> tuple[jax.Array, KVCache]:
+    """Run a batch: hidden states after the last norm [T, D] in ``dtype``, and the cache with the batch written to it.
+
+    ``context`` is the longest sequence to be served (some rotary scalings depend on it).
+    """
+    x = ops.take(params.embed, batch.tokens, dtype)
+    rotation = ops.rope_table(config, batch.positions, context)
+    slots = write_slots(batch, cache.page_size)
+    keys, values = list(cache.k), list(cache.v)
+    for i, layer in enumerate(params.layers):
+        turn = rotation if _rotates(config, i) else None
+        x, keys[i], values[i] = _block(layer, config, x, turn, slots, batch, keys[i], values[i])
+    return ops.rms_norm(x, params.norm, config.norm_eps), KVCache(k=tuple(keys), v=tuple(values))
+
+
+# Jitted although it is only called under jit: layers of one structure are then traced and lowered once.
+@partial(jax.jit, static_argnames="config")
+def _block(
+    layer: Layer,
+    config: ModelConfig,
+    x: jax.Array,
+    rotation: Rotation | None,
+    slots: tuple[jax.Array, jax.Array],
+    batch: RaggedBatch,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = _project(layer, config, ops.rms_norm(x, layer.attention_norm, config.norm_eps), rotation)
+    k_pages, v_pages = write(k_pages, slots, k), write(v_pages, slots, v)
+    heads = ragged_attention(q, k_pages, v_pages, batch, scale=config.head_dim**-0.5, window=config.sliding_window)
+    x = x + _linear(heads.reshape(x.shape[0], -1), layer.o, layer.o_bias)
+    x = x + _mlp(layer, config, ops.rms_norm(x, layer.mlp_norm, config.norm_eps))
+    return x, k_pages, v_pages
+
+
+def logits(params: Decoder, hidden: jax.Array) -> jax.Array:
+    """Hidden states [N, D] -> float32 logits [N, V]."""
+    head = params.embed if params.lm_head is None else params.lm_head
+    return ops.matmul(hidden, head).astype(jnp.float32)
+
+
+def _rotates(config: ModelConfig, layer: int) -> bool:
+    return not config.no_rope_interval or (layer + 1) % config.no_rope_interval != 0
+
+
+def _linear(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
+    y = ops.matmul(x, w)
+    return y if bias is None else y + bias.astype(y.dtype)[None]
+
+
+def _project(
+    layer: Layer, config: ModelConfig, x: jax.Array, rotation: Rotation | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [T, H, hd], keys and values [T, KV heads, hd], normed and rotated."""
+    q = _linear(x, layer.q, layer.q_bias).reshape(-1, config.num_heads, config.head_dim)
+    k = _linear(x, layer.k, layer.k_bias).reshape(-1, config.num_kv_heads, config.head_dim)
+    v = _linear(x, layer.v, layer.v_bias).reshape(-1, config.num_kv_heads, config.head_dim)
+    if layer.q_norm is not None:
+        q, k = ops.rms_norm(q, layer.q_norm, config.norm_eps), ops.rms_norm(k, layer.k_norm, config.norm_eps)
+    if rotation is not None:
+        q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
+    return q, k, v
+
+
+def _mlp(layer: Layer, config: ModelConfig, x: jax.Array) -> jax.Array:
+    up = _linear(x, layer.up, layer.up_bias)
+    gate = up if layer.gate is None else _linear(x, layer.gate, layer.gate_bias)
+    activated = ops.activate(gate, config.activation)
+    return _linear(activated if layer.gate is None else activated * up, layer.down, layer.down_bias)

@@ -1,0 +1,122 @@
+"""The operations a transformer is made of. Arrays carry tokens first: ``[T, ...]``; statistics and scores are float32."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tars_jax.config import Activation, ModelConfig, RopeScaling
+from tars_jax.quant import LowRank, QArray, Weight, dequantize
+
+
+def matmul(x: jax.Array, w: Weight) -> jax.Array:
+    """``x @ w.T``: [T, K] times a weight [O, K] -> [T, O], in x's dtype with float32 accumulation."""
+    if isinstance(w, LowRank):
+        return matmul(x, w.base) + w.scale.astype(x.dtype) * matmul(matmul(x, w.b), w.a)
+    dense = dequantize(w, x.dtype) if isinstance(w, QArray) else w.astype(x.dtype)
+    return lax.dot_general(x, dense, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def take(w: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a weight: [O, K] at ids [T] -> [T, K]."""
+    if isinstance(w, LowRank):
+        return take(w.base, ids, dtype) + w.scale.astype(dtype) * (w.a[ids] @ w.b).astype(dtype)
+    if isinstance(w, QArray):
+        return dequantize(jax.tree.map(lambda leaf: leaf[ids], w), dtype)
+    return w[ids].astype(dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    weight = jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))
+    return (wide * scale * weight).astype(x.dtype)
+
+
+def activate(x: jax.Array, kind: Activation) -> jax.Array:
+    """The feed-forward non-linearity."""
+    match kind:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)
+
+
+def rope_frequencies(config: ModelConfig, context: int) -> tuple[jax.Array, float]:
+    """Angles per position of each rotated pair, float32 [rotary_dim // 2], and the factor on cos and sin.
+
+    Kinds as in Hugging Face's ``rope_scaling``; ``context`` is the longest sequence to be served, in tokens (dynamic and
+    longrope choose by it). Sources: RoFormer arXiv 2104.09864, YaRN arXiv 2309.00071, LongRoPE arXiv 2402.13753.
+    """
+    scaling, dim = config.rope_scaling, config.rotary_dim
+    exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+    original = scaling.original_context or config.context_length
+    theta = config.rope_theta
+    if scaling.kind == "dynamic" and context > original:
+        theta *= (scaling.factor * context / original - (scaling.factor - 1)) ** (dim / (dim - 2))
+    base = 1.0 / (theta**exponents)
+    match scaling.kind:
+        case "none" | "dynamic":
+            return base, 1.0
+        case "linear":
+            return base / scaling.factor, 1.0
+        case "llama3":
+            return _llama3(base, scaling, original), 1.0
+        case "yarn":
+            return _yarn(base, config, original)
+        case "longrope":
+            factors = scaling.long_factors if context > original else scaling.short_factors or scaling.long_factors
+            stretch = config.context_length / original
+            default = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+            return base / jnp.array(factors, jnp.float32), scaling.attention_factor or default
+
+
+def _llama3(base: jax.Array, scaling: RopeScaling, original: int) -> jax.Array:
+    wavelengths = 2 * math.pi / base
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * base / scaling.factor + smooth * base
+
+
+def _yarn(base: jax.Array, config: ModelConfig, original: int) -> tuple[jax.Array, float]:
+    scaling, dim = config.rope_scaling, config.rotary_dim
+
+    def correction(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = correction(scaling.beta_fast), correction(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
+    frequencies = base / scaling.factor * ramp + base * (1 - ramp)
+    return frequencies, scaling.attention_factor or _yarn_attention(scaling)
+
+
+def _yarn_attention(scaling: RopeScaling) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rope_table(config: ModelConfig, positions: jax.Array, context: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotation at positions [T], float32 [T, 1, rotary_dim // 2] each."""
+    frequencies, factor = rope_frequencies(config, context)
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate heads [T, H, hd]: dimension i pairs with i + rotary_dim // 2 (Hugging Face's order); the rest passes through."""
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)

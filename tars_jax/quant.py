@@ -1,0 +1,102 @@
+"""Weights as leaf types: a plain array, a `QArray` of packed codes, or a `LowRank` update on top of either.
+
+Every quantised file format is repacked losslessly into one of two layouts, int8-grouped and int4-grouped (ARRAYS of codes
+with a scale, and where the format has one a minimum, per group of 16 or 32 inputs). Only `ops.matmul` and `ops.take` know
+that these types exist.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from tars_jax.errors import InvalidRequest
+
+NIBBLE_OFFSET = 8  # 4-bit codes without minima are signed, -8..7, and stored with this offset
+
+
+@struct.dataclass
+class QArray:
+    """A matrix [O, K] quantised in groups along K: ``w[o, k] = code[o, k] * scale[o, k // group] + min[o, k // group]``.
+
+    codes: int8 [O, K]; or uint8 [O, K // 2] when bits is 4, where byte j of a group holds code j in its low half and code
+    j + group // 2 in its high half (GGUF's Q4 order), stored with an offset of 8 when there are no minima.
+    scales, mins: float16 or float32 [O, K // group].
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    mins: jax.Array | None
+    bits: int = struct.field(pytree_node=False)
+    group: int = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * (8 // self.bits))
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.codes.nbytes + self.scales.nbytes + (0 if self.mins is None else self.mins.nbytes))
+
+
+@struct.dataclass
+class LowRank:
+    """``base + scale * a @ b``: a LoRA adapter or an evolutionary perturbation on a weight. a: [O, r], b: [r, K]."""
+
+    base: Any  # an array or a QArray [O, K]
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array  # float32 scalar
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.base.nbytes + self.a.nbytes + self.b.nbytes)
+
+
+Weight = jax.Array | QArray | LowRank
+
+
+def pack(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, *, bits: int, group: int) -> QArray:
+    """Pack int8 codes [O, K] and their scales and minima [O, K // group] into a `QArray` of numpy arrays.
+
+    Raises InvalidRequest when K is not a multiple of the group or a code does not fit the bits.
+    """
+    if codes.shape[-1] % group:
+        raise InvalidRequest(f"cannot pack {codes.shape[-1]} columns in groups of {group}")
+    if bits == 8:
+        return QArray(np.ascontiguousarray(codes), scales, mins, bits=8, group=group)
+    unsigned = (codes + (NIBBLE_OFFSET if mins is None else 0)).view(np.uint8).reshape(*codes.shape[:-1], -1, 2, group // 2)
+    if unsigned.size and unsigned.max() > 15:
+        raise InvalidRequest("cannot pack codes outside 4 bits")
+    packed = unsigned[..., 0, :] | (unsigned[..., 1, :] << 4)
+    return QArray(packed.reshape(*codes.shape[:-1], -1), scales, mins, bits=4, group=group)
+
+
+def unpack(w: QArray) -> jax.Array:
+    """Signed codes of a `QArray`, int8 [O, K]."""
+    if w.bits == 8:
+        return w.codes
+    grouped = w.codes.reshape(*w.codes.shape[:-1], -1, w.group // 2)
+    codes = jnp.concatenate([grouped & 15, grouped >> 4], axis=-1).astype(jnp.int8)
+    if w.mins is None:
+        codes = codes - jnp.int8(NIBBLE_OFFSET)
+    return codes.reshape(w.shape)
+
+
+def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """The dense matrix [O, K] a weight stands for."""
+    if isinstance(w, LowRank):
+        return (dequantize(w.base, jnp.float32) + w.scale * (w.a @ w.b)).astype(dtype)
+    if not isinstance(w, QArray):
+        return w.astype(dtype)
+    codes = unpack(w).astype(jnp.float32).reshape(*w.scales.shape, w.group)
+    dense = codes * w.scales.astype(jnp.float32)[..., None]
+    if w.mins is not None:
+        dense = dense + w.mins.astype(jnp.float32)[..., None]
+    return dense.reshape(w.shape).astype(dtype)

@@ -1,0 +1,67 @@
+"""Strict jax in every test: no silent promotion of types or ranks, eight fake devices; and the real model, pulled once."""
+
+import os
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+MODEL = "smollm2:135m"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(pytestconfig: pytest.Config) -> None:
+    """Compiled programs are kept between runs, beside pytest's own cache."""
+    jax.config.update("jax_compilation_cache_dir", str(pytestconfig.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def smollm2_store(pytestconfig: pytest.Config) -> Any:
+    """A store with the default model in it; pulled on the first run (about 93 MB) and kept."""
+    from tars_jax.hub import pull
+    from tars_jax.store import Store
+
+    store = Store(Path(os.environ.get("TARS_TEST_MODELS") or pytestconfig.cache.mkdir("models")))
+    for _ in pull(MODEL, store):
+        pass
+    return store
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(smollm2_store: Any) -> Path:
+    return smollm2_store.find(MODEL).model_path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> Any:
+    from tars_jax import load
+
+    return load(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def smollm2_engine(smollm2: Any) -> Iterator[Any]:
+    from tars_jax import Engine, EngineConfig
+
+    engine = Engine(smollm2, EngineConfig(max_context=1024, max_rows=8, max_step_tokens=128))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """What llama.cpp answered, with the weights in float16 ("f16") and on the Q4_1 file itself ("q4_1")."""
+    return {kind: json.loads((GOLDEN / f"smollm2-{kind}.json").read_text()) for kind in ("f16", "q4_1")}

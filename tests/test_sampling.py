@@ -1,0 +1,132 @@
+"""Sampling against filters written out in numpy, and the promises about seeds and neighbours."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, SampleRows, Sampled, sample
+
+VOCAB = 300
+DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0.0}
+DEFAULTS |= {"frequency_penalty": 0.0, "window": 0, "seed": 0, "top_logprobs": 0, "masked": False}
+TYPES = {"top_k": np.int32, "window": np.int32, "seed": np.uint32, "top_logprobs": np.int32, "masked": bool}
+
+
+def rows(*wishes: dict[str, Any]) -> SampleRows:
+    columns = {
+        name: jnp.asarray(np.array([{**DEFAULTS, **wish}[name] for wish in wishes], TYPES.get(name, np.float32))) for name in DEFAULTS
+    }
+    allowed = np.zeros((len(wishes), -(-VOCAB // 32)), np.uint32)
+    for r, wish in enumerate(wishes):
+        for token in wish.get("allow", ()):
+            allowed[r, token // 32] |= np.uint32(1 << (token % 32))
+    return SampleRows(**columns, allowed=jnp.asarray(allowed))
+
+
+def draw(logits: np.ndarray, *wishes: dict[str, Any], history: Any = None, lengths: Any = None) -> Sampled:
+    count = len(wishes)
+    history = np.zeros((count, 8), np.int32) if history is None else np.asarray(history, np.int32)
+    lengths = np.zeros(count, np.int32) if lengths is None else np.asarray(lengths, np.int32)
+    return jax.jit(sample)(jnp.asarray(logits, jnp.float32), rows(*wishes), jnp.asarray(history), jnp.asarray(lengths))
+
+
+def random_logits(count: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, VOCAB)).astype(np.float32) * 2
+
+
+def frequencies(logits: np.ndarray, wish: dict[str, Any], draws: int = 4000) -> np.ndarray:
+    """How often each token is drawn, over many seeds."""
+    wishes = [{**wish, "seed": s} for s in range(draws)]
+    tokens = draw(np.repeat(logits, draws, 0), *wishes).tokens
+    return np.bincount(np.asarray(tokens), minlength=VOCAB) / draws
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def test_temperature_zero_is_greedy() -> None:
+    logits = random_logits(3)
+    np.testing.assert_array_equal(draw(logits, {}, {}, {}).tokens, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("top_k", [0, 5, CANDIDATES + 50], ids=["unlimited", "few", "many"])
+def test_drawn_frequencies_are_the_softmax(top_k: int) -> None:
+    logits = random_logits() * 2
+    kept = np.argsort(-logits[0])[: top_k or VOCAB]
+    expected = np.zeros(VOCAB)
+    expected[kept] = softmax(logits[0][kept] / 0.9)
+    assert np.abs(frequencies(logits, {"temperature": 0.9, "top_k": top_k}) - expected).sum() < 0.15
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = np.full((1, VOCAB), -50.0)
+    logits[0, [7, 3, 9, 4]] = np.log([0.5, 0.3, 0.15, 0.05])
+    seen = np.nonzero(frequencies(logits, {"temperature": 1.0, "top_p": 0.7}, 500))[0]
+    assert set(seen) == {7, 3}
+
+
+def test_min_p_is_relative_to_the_best() -> None:
+    logits = np.full((1, VOCAB), -50.0)
+    logits[0, [7, 3, 9, 4]] = np.log([0.5, 0.3, 0.15, 0.05])
+    seen = np.nonzero(frequencies(logits, {"temperature": 1.0, "min_p": 0.5}, 500))[0]
+    assert set(seen) == {7, 3}
+
+
+def test_a_row_is_the_same_alone_and_among_others() -> None:
+    logits = random_logits(3)
+    wishes = [{"temperature": 1.0, "top_k": 40, "seed": 5}, {"temperature": 1.3, "seed": 6}, {}]
+    together = draw(logits, *wishes).tokens
+    alone = [int(draw(logits[i : i + 1], wishes[i]).tokens[0]) for i in range(3)]
+    assert together.tolist() == alone
+
+
+def test_the_position_changes_the_noise() -> None:
+    logits, wish = np.zeros((1, VOCAB)), {"temperature": 1.0, "top_k": 100, "seed": 1}
+    assert len({int(draw(logits, wish, lengths=[n]).tokens[0]) for n in range(8)}) > 4
+
+
+def test_repeat_penalty_divides_positive_and_multiplies_negative_logits() -> None:
+    logits = np.full((1, VOCAB), -9.0)
+    logits[0, [1, 2]] = [2.0, 1.5]
+    history, wish = [[1, 0, 0]], {"repeat_penalty": 1.5, "window": 4}
+    assert int(draw(logits, wish, history=history, lengths=[1]).tokens[0]) == 2
+    assert int(draw(-np.abs(logits), wish, history=[[2, 0, 0]], lengths=[1]).tokens[0]) == 1
+
+
+def test_frequency_penalty_counts_and_presence_penalty_does_not() -> None:
+    logits = np.full((1, VOCAB), -9.0)
+    logits[0, [1, 2]] = [2.0, 1.0]
+    twice = [[1, 1, 0]]
+    assert int(draw(logits, {"frequency_penalty": 0.6, "window": 4}, history=twice, lengths=[2]).tokens[0]) == 2
+    assert int(draw(logits, {"presence_penalty": 0.6, "window": 4}, history=twice, lengths=[2]).tokens[0]) == 1
+
+
+def test_penalties_look_back_only_on_their_window() -> None:
+    logits = np.full((1, VOCAB), -9.0)
+    logits[0, [1, 2]] = [2.0, 1.9]
+    wish = {"presence_penalty": 1.0, "window": 2}
+    assert int(draw(logits, wish, history=[[1, 5, 6, 0]], lengths=[3]).tokens[0]) == 1
+    assert int(draw(logits, wish, history=[[5, 1, 6, 0]], lengths=[3]).tokens[0]) == 2
+
+
+def test_masked_rows_choose_among_allowed_tokens() -> None:
+    logits = random_logits(2)
+    allowed = {int(logits[0].argsort()[3]), 299}
+    tokens = draw(logits, {"masked": True, "allow": allowed, "temperature": 2.0, "top_k": 50}, {}).tokens
+    assert int(tokens[0]) in allowed
+    assert int(tokens[1]) == int(logits[1].argmax())
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = random_logits()
+    out = draw(logits, {"top_logprobs": 3, "temperature": 5.0, "seed": 3})
+    expected = np.log(softmax(logits[0].astype(np.float64)))
+    assert float(out.logprob[0]) == pytest.approx(expected[int(out.tokens[0])], abs=1e-5)
+    best = np.argsort(-expected)[:MAX_TOP_LOGPROBS]
+    np.testing.assert_array_equal(out.top_ids[0], best)
+    np.testing.assert_allclose(out.top_logprobs[0], expected[best], atol=1e-5)
