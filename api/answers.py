@@ -7,10 +7,9 @@ leave as chunks; the last chunk has the measures. Closing the generator cancels 
 
 import asyncio
 import contextlib
-import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api.durations import nanoseconds, timestamp
@@ -19,11 +18,13 @@ from api.options import Options, check_top_logprobs, merge_options
 from api.prompts import Prompt, chat_prompt, generate_prompt
 from api.schema import ChatRequest, GenerateRequest, grammar
 from api.splitting import Piece, Splitter
+from tars_jax.chat import ToolCall
 from tars_jax.config import SamplingParams
+from tars_jax.engine.request import Output, Request, TokenLogprob, Usage
 from tars_jax.errors import InvalidRequest, ModelNotFound, TarsError
 
 if TYPE_CHECKING:
-    from tars_jax.engine.request import Output, TokenLogprob, Usage
+    from tars_jax.engine.engine import Engine
 
 Chunk = dict[str, Any]
 AnyRequest = GenerateRequest | ChatRequest
@@ -36,7 +37,7 @@ class CancelledByEngineError(TarsError):
     status = 499
 
 
-async def generate_chunks(models: Models, request: GenerateRequest) -> AsyncIterator[Chunk]:
+async def generate_chunks(models: Models, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
     """POST /api/generate. Errors before the first chunk are raised with their HTTP status, as those after it."""
     check_top_logprobs(request.top_logprobs)
     if not request.model:
@@ -48,7 +49,7 @@ async def generate_chunks(models: Models, request: GenerateRequest) -> AsyncIter
             yield chunk
 
 
-async def chat_chunks(models: Models, request: ChatRequest) -> AsyncIterator[Chunk]:
+async def chat_chunks(models: Models, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
     """POST /api/chat. Errors as with `generate_chunks`."""
     check_top_logprobs(request.top_logprobs)
     if not request.model:
@@ -58,7 +59,7 @@ async def chat_chunks(models: Models, request: ChatRequest) -> AsyncIterator[Chu
             yield chunk
 
 
-async def collect(chunks: AsyncIterator[Chunk]) -> Chunk:
+async def collect(chunks: AsyncGenerator[Chunk, None]) -> Chunk:
     """All chunks of an answer as the one object of ``stream: false``."""
     whole: Chunk = {}
     async for chunk in chunks:
@@ -80,7 +81,7 @@ def _joined(whole: Chunk, chunk: Chunk) -> Chunk:
     return joined
 
 
-async def _chunks(models: Models, request: R, is_empty: bool, make_prompt: Callable[[Loaded, R], Prompt]) -> AsyncIterator[Chunk]:
+async def _chunks(models: Models, request: R, is_empty: bool, make_prompt: Callable[[Loaded, R], Prompt]) -> AsyncGenerator[Chunk, None]:
     """What both endpoints do; an empty request only loads, or unloads, the model."""
     started = time.monotonic()
     stored = models.store.find(request.model)
@@ -118,11 +119,15 @@ def _check_support(request: AnyRequest, full_name: str) -> None:
         raise InvalidRequest(f"{full_name} does not support images")
 
 
-def _chunk(request: AnyRequest, piece: Piece, **fields: Any) -> Chunk:
+def _call(index: int, call: ToolCall) -> Chunk:
+    return {"id": f"call_{secrets.token_hex(4)}", "function": {"index": index, "name": call.name, "arguments": call.arguments}}
+
+
+def _chunk(request: AnyRequest, piece: Piece, calls: Sequence[Chunk] = (), **fields: Any) -> Chunk:
     """A chunk in the shape of the request's endpoint."""
     extras: Chunk = {"thinking": piece.thinking} if piece.thinking else {}
-    if piece.tool_calls:
-        extras["tool_calls"] = list(piece.tool_calls)
+    if calls:
+        extras["tool_calls"] = list(calls)
     shaped: Chunk
     if isinstance(request, ChatRequest):
         shaped = {"message": {"role": "assistant", "content": piece.text, **extras}}
@@ -141,7 +146,7 @@ class _Answer:
         self._ids: list[int] = []
         self._calls = 0
 
-    async def chunks(self, models: Models, options: Options) -> AsyncIterator[Chunk]:
+    async def chunks(self, models: Models, options: Options) -> AsyncGenerator[Chunk, None]:
         pending: list[Chunk] = []  # logprobs of tokens whose text is still held back
         async with contextlib.aclosing(outputs(models, self._loaded, self._prompt, options.sampling)) as stream:
             async for output in stream:
@@ -149,7 +154,7 @@ class _Answer:
                 pending += map(self._logprob, output.logprobs)
                 piece = self._splitter.push(output.text)
                 if output.finish_reason is not None:
-                    piece += self._splitter.finish()
+                    piece += self._splitter.flush()
                 if piece or (pending and output.finish_reason is not None):
                     yield self._chunk(piece, pending)
                     pending = []
@@ -157,17 +162,11 @@ class _Answer:
                     yield self._last(output)
 
     def _chunk(self, piece: Piece, logprobs: list[Chunk]) -> Chunk:
-        calls = tuple(self._call(call) for call in piece.tool_calls)
-        fields = {"logprobs": logprobs} if logprobs else {}
-        return _chunk(self._request, dataclasses.replace(piece, tool_calls=calls), **fields)
+        calls = [_call(self._calls + i, call) for i, call in enumerate(piece.tool_calls)]
+        self._calls += len(calls)
+        return _chunk(self._request, piece, calls, **({"logprobs": logprobs} if logprobs else {}))
 
-    def _call(self, call: Chunk) -> Chunk:
-        """A tool call as Ollama shows it: an id, and a running index."""
-        self._calls += 1
-        function = {"index": self._calls - 1, "name": call["name"], "arguments": call["arguments"]}
-        return {"id": f"call_{secrets.token_hex(4)}", "function": function}
-
-    def _last(self, output: "Output") -> Chunk:
+    def _last(self, output: Output) -> Chunk:
         measures = {"total_duration": nanoseconds(time.monotonic() - self._started), "load_duration": nanoseconds(self._load_seconds)}
         if output.usage is not None:
             measures |= _usage(output.usage)
@@ -176,7 +175,7 @@ class _Answer:
             fields["context"] = [*self._prompt.ids, *self._ids]
         return _chunk(self._request, Piece(), done=True, done_reason=output.finish_reason, **fields)
 
-    def _logprob(self, entry: "TokenLogprob") -> Chunk:
+    def _logprob(self, entry: TokenLogprob) -> Chunk:
         shown = self._token(entry.token_id, entry.logprob)
         if self._request.top_logprobs:
             shown["top_logprobs"] = [self._token(token_id, logprob) for token_id, logprob in entry.top]
@@ -187,7 +186,7 @@ class _Answer:
         return {"token": data.decode("utf-8", "replace"), "logprob": min(logprob, 0.0), "bytes": list(data)}
 
 
-def _usage(usage: "Usage") -> dict[str, int]:
+def _usage(usage: Usage) -> dict[str, int]:
     return {
         "prompt_eval_count": usage.prompt_tokens,
         "prompt_eval_duration": nanoseconds(usage.prefill_seconds),
@@ -196,19 +195,17 @@ def _usage(usage: "Usage") -> dict[str, int]:
     }
 
 
-async def outputs(models: Models, loaded: Loaded, prompt: Prompt, params: SamplingParams) -> "AsyncIterator[Output]":
+async def outputs(models: Models, loaded: Loaded, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[Output, None]:
     """The engine's outputs for a prompt; closing the generator cancels the request.
 
     Raises:
         ContextOverflow, InvalidRequest, ServerBusy: the engine refuses it.
         TarsError: the engine failed.
     """
-    from tars_jax.engine.request import Request  # with the engine, and so JAX, which is here since the model was loaded
-
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue["Output"]()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Output]()
     recorder = models.telemetry.recorder(loaded.name)
 
-    def sink(output: "Output") -> None:
+    def sink(output: Output) -> None:
         recorder.output(output)
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
             loop.call_soon_threadsafe(queue.put_nowait, output)
@@ -232,4 +229,9 @@ async def outputs(models: Models, loaded: Loaded, prompt: Prompt, params: Sampli
         if submitted.done():
             engine.cancel(request.id)  # no effect on one that has ended
         else:
-            submitted.add_done_callback(lambda task: (task.exception(), engine.cancel(request.id)))
+            submitted.add_done_callback(lambda task: _cancel(task, engine, request.id))
+
+
+def _cancel(submitted: "asyncio.Task[None]", engine: "Engine", request_id: int) -> None:
+    if submitted.exception() is None:
+        engine.cancel(request_id)

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tars_jax.chat import capabilities
-
 from api.durations import expiry, timestamp
 from api.models import Loaded, Models
 from api.prompts import template_source
-from tars_jax.errors import ModelNotFound
+from tars_jax.chat import capabilities
+from tars_jax.errors import InvalidRequest, ModelNotFound
 from tars_jax.store import ModelName, Store, StoredModel
 
 _LONG_ARRAY = 16  # longer arrays of the metadata are left out unless asked for
@@ -103,8 +102,8 @@ def show(store: Store, name: str, *, verbose: bool = False, system: str = "") ->
 
 def _read_file(path: Path) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
     """Metadata and tensors of a GGUF file; the shapes are in the file's order, as Ollama shows them."""
-    from tars_jax.load.blocks import TYPES  # here: the package imports JAX, which is slow and which listing does without
-    from tars_jax.load.gguf import open_gguf
+    from tars_jax.loaders.blocks import TYPES  # here: the package imports JAX, which is slow and which listing does without
+    from tars_jax.loaders.gguf import open_gguf
 
     file = open_gguf(path)
     tensors = [{"name": t.name, "type": TYPES[t.type].name, "shape": list(t.shape[::-1])} for t in file.tensors.values()]
@@ -116,6 +115,19 @@ def _find(store: Store, name: str) -> StoredModel:
         return store.find(name)
     except ModelNotFound:
         raise ModelNotFound(f"model '{ModelName.parse(name).short()}' not found") from None
+
+
+def copy_model(store: Store, source: str, destination: str) -> None:
+    """Copy with Ollama's texts. Raises InvalidRequest, ModelNotFound."""
+    for label, name in (("source", source), ("destination", destination)):
+        try:
+            ModelName.parse(name)
+        except InvalidRequest:
+            raise InvalidRequest(f'{label} "{name}" is invalid') from None
+    try:
+        store.copy(source, destination)
+    except ModelNotFound:
+        raise ModelNotFound(f'model "{source}" not found') from None
 
 
 def parameter_lines(params: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -137,7 +149,7 @@ def modelfile(stored: StoredModel, template: str, system: str) -> str:
 
 def model_info(metadata: Mapping[str, Any], parameters: int, *, verbose: bool) -> dict[str, Any]:
     """GGUF metadata as JSON; without ``verbose`` the long arrays (vocabulary, merges) are null."""
-    info = {"general.parameter_count": parameters}
+    info: dict[str, Any] = {"general.parameter_count": parameters}
     for key, value in metadata.items():
         if key not in _HIDDEN:
             info[key] = _plain(value) if verbose or not _is_long(value) else None

@@ -23,8 +23,8 @@ from tars_jax.errors import ServerBusy
 from tars_jax.store import Store, StoredModel
 
 if TYPE_CHECKING:
-    from tars_jax.engine import Engine
-    from tars_jax.load import Model
+    from tars_jax.engine.engine import Engine
+    from tars_jax.loaders.loaded import Model
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ MakeEngine = Callable[["Model", EngineConfig], "Engine"]
 
 def load_model(stored: StoredModel, store: Store) -> "Model":
     """The real loader. JAX is imported here, when the first model is wanted, and not with the API."""
-    from tars_jax.load import load
+    from tars_jax.loaders.opening import load
 
     return load(stored.model_path, store=store)  # the path: a file that happens to be called like the model must not win
 
 
 def make_engine(model: "Model", config: EngineConfig) -> "Engine":
     """The real engine."""
-    from tars_jax.engine import Engine
+    from tars_jax.engine.engine import Engine
 
     return Engine(model, config)
 
@@ -73,7 +73,7 @@ class Loaded:
         if self.is_closing or (self.stored.name, self.stored.digest) != (stored.name, stored.digest):
             return False
         if self.is_ready:
-            return min(num_ctx, self.model.config.context_length) == self.engine.config.max_context
+            return bool(min(num_ctx, self.model.config.context_length) == self.engine.config.max_context)
         return num_ctx == self.num_ctx
 
     def seconds_left(self) -> float:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -14,8 +14,8 @@ from api.decode import decode
 from api.models import Models
 from api.schema import ChatRequest, CopyRequest, DeleteRequest, GenerateRequest, PullRequest, ShowRequest
 from api.stream import ClientGoneError, JsonResponse, NdjsonResponse, error_response, read_body, until_disconnect
-from tars_jax.errors import InvalidRequest, ModelFileError, ModelNotFound
-from tars_jax.store import ModelName, Store
+from tars_jax.errors import InvalidRequest, ModelFileError
+from tars_jax.store import ModelName
 
 __all__ = ["VERSION", "chat_chunks", "collect", "endpoint", "generate_chunks"]
 
@@ -83,21 +83,8 @@ async def running(request: Request) -> Response:
 async def copy(request: Request) -> Response:
     """POST /api/copy"""
     body = await _body(CopyRequest, request)
-    await asyncio.to_thread(copy_model, _models(request).store, body.source, body.destination)
+    await asyncio.to_thread(catalog.copy_model, _models(request).store, body.source, body.destination)
     return Response()
-
-
-def copy_model(store: Store, source: str, destination: str) -> None:
-    """Copy with Ollama's texts. Raises InvalidRequest, ModelNotFound."""
-    for label, name in (("source", source), ("destination", destination)):
-        try:
-            ModelName.parse(name)
-        except InvalidRequest:
-            raise InvalidRequest(f'{label} "{name}" is invalid') from None
-    try:
-        store.copy(source, destination)
-    except ModelNotFound:
-        raise ModelNotFound(f'model "{source}" not found') from None
 
 
 async def delete(request: Request) -> Response:
@@ -123,7 +110,7 @@ async def pull(request: Request) -> Response:
     return JsonResponse(await until_disconnect(request.receive, _last(events)))
 
 
-async def pull_events(events: Iterator[Chunk]) -> AsyncIterator[Chunk]:
+async def pull_events(events: Iterator[Chunk]) -> AsyncGenerator[Chunk, None]:
     """Events of a blocking generator, each awaited in a thread; the generator is closed from the thread that ran it last."""
     step: asyncio.Future[Chunk | None] | None = None
     try:
@@ -162,24 +149,24 @@ async def _body(kind: type[T], request: Request) -> T:
     return decode(kind, await read_body(request, MAX_BODY))
 
 
-async def _answer(request: Request, body: AnyRequest, is_load: bool, chunks: AsyncIterator[Chunk]) -> Response:
+async def _answer(request: Request, body: AnyRequest, is_load: bool, chunks: AsyncGenerator[Chunk, None]) -> Response:
     """One object, or a stream; loading, unloading and rendering are always one object."""
     if body.stream and not is_load and not body.debug_render_only:
         return await _streamed(request, chunks)
     return JsonResponse(await until_disconnect(request.receive, collect(chunks)))
 
 
-async def _streamed(request: Request, chunks: AsyncIterator[Chunk]) -> Response:
+async def _streamed(request: Request, chunks: AsyncGenerator[Chunk, None]) -> Response:
     """The first chunk is awaited here, so that an error before it has its own status."""
     first = await until_disconnect(request.receive, _next(chunks))
     return NdjsonResponse(first, chunks)
 
 
-async def _next(chunks: AsyncIterator[Chunk]) -> Chunk:
+async def _next(chunks: AsyncGenerator[Chunk, None]) -> Chunk:
     return await anext(chunks)
 
 
-async def _last(chunks: AsyncIterator[Chunk]) -> Chunk:
+async def _last(chunks: AsyncGenerator[Chunk, None]) -> Chunk:
     last: Chunk = {}
     async for chunk in chunks:
         last = chunk

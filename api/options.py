@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 _INT32 = 2**31 - 1
 _IGNORED = frozenset(  # options of other runners, and old ones: accepted without effect
-    ("num_keep", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict", "typical_p", "mirostat")
-    + ("mirostat_tau", "mirostat_eta", "tfs_z", "penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock")
-    + ("numa", "num_gqa", "rope_frequency_base", "rope_frequency_scale")
+    {"num_keep", "num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "numa", "low_vram", "f16_kv", "logits_all"}
+    | {"draft_num_predict", "typical_p", "tfs_z", "mirostat", "mirostat_tau", "mirostat_eta", "penalize_newline", "vocab_only"}
+    | {"num_gqa", "rope_frequency_base", "rope_frequency_scale"}
 )
 
 

@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tars_jax.chat import ChatTemplate, capabilities
-
 from api.models import Loaded
 from api.schema import ChatRequest, GenerateRequest, Think
+from tars_jax.chat import ChatTemplate, capabilities
 from tars_jax.errors import ContextOverflow, InvalidRequest
 
 Turn = dict[str, Any]
@@ -24,7 +23,12 @@ class Prompt:
     ids: tuple[int, ...]
     text: str
     splits_thinking: bool = False  # the answer may begin with a trace
-    splits_tools: bool = False  # the answer may contain tool calls
+    tools: tuple[str, ...] = ()  # names of the tools the answer may call
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Whether the template wrote the opening tag itself."""
+        return self.text.rstrip().endswith("<think>")
 
 
 def is_go_template(source: str) -> bool:
@@ -85,7 +89,7 @@ def chat_prompt(loaded: Loaded, request: ChatRequest) -> Prompt:
     if loaded.stored.system and (not request.messages or request.messages[0].role.lower() != "system"):
         turns.insert(0, {"role": "system", "content": loaded.stored.system})
     text, ids = _fitting(turns, render, loaded.engine.config.max_context, request.truncate)
-    return Prompt(ids, text, "thinking" in abilities, bool(request.tools))
+    return Prompt(ids, text, "thinking" in abilities, tuple(str(tool.get("function", {}).get("name", "")) for tool in request.tools))
 
 
 def _fitting(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -54,7 +54,7 @@ class NdjsonResponse(Response):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, first: Chunk, rest: AsyncIterator[Chunk]) -> None:
+    def __init__(self, first: Chunk, rest: AsyncGenerator[Chunk, None]) -> None:
         self.status_code, self.background = 200, None
         self._first, self._rest = first, rest
         self.init_headers()
@@ -64,7 +64,7 @@ class NdjsonResponse(Response):
             await until_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        async with contextlib.aclosing(_closable(self._rest)) as chunks:
+        async with contextlib.aclosing(self._rest) as chunks:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _send_line(send, self._first)
             try:
@@ -77,16 +77,6 @@ class NdjsonResponse(Response):
 
 async def _send_line(send: Send, chunk: Mapping[str, Any]) -> None:
     await send({"type": "http.response.body", "body": dump(chunk) + b"\n", "more_body": True})
-
-
-async def _closable(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    """An async generator around any async iterator, which closes it."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        if close := getattr(chunks, "aclose", None):
-            await close()
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

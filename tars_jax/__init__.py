@@ -1,10 +1,10 @@
 """TARS: an AI inference engine on JAX/XLA.
 
-    import tars_jax
-    model = tars_jax.load("smollm2:135m")
-    engine = tars_jax.Engine(model)
-    for text in engine.generate(model.chat_prompt([{"role": "user", "content": "Hi"}])):
-        print(text, end="")
+import tars_jax
+model = tars_jax.load("smollm2:135m")
+engine = tars_jax.Engine(model)
+for text in engine.generate(model.chat_prompt([{"role": "user", "content": "Hi"}])):
+    print(text, end="")
 """
 
 from importlib import import_module
@@ -15,13 +15,14 @@ from tars_jax.errors import TarsError
 
 if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
-    from tars_jax.loaders import Model, load
+    from tars_jax.loaders.loaded import Model
+    from tars_jax.loaders.opening import load
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "EngineConfig", "Model", "ModelConfig", "SamplingParams", "TarsError", "__version__", "load"]
 
 # jax takes half a second to import: names that need it are fetched when first used, so that `tars list` stays fast.
-_LAZY = {"Engine": "tars_jax.engine.engine", "Model": "tars_jax.loaders", "load": "tars_jax.loaders"}
+_LAZY = {"Engine": "tars_jax.engine.engine", "Model": "tars_jax.loaders.loaded", "load": "tars_jax.loaders.opening"}
 
 
 def __getattr__(name: str) -> Any:

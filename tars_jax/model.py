@@ -5,6 +5,7 @@ Sources: LLaMA arXiv 2302.13971, GQA arXiv 2305.13245, SwiGLU arXiv 2002.05202, 
 """
 
 import dataclasses
+import zlib
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,6 @@ from tars_jax import ops
 from tars_jax.attention import ragged_attention
 from tars_jax.cache import KVCache, RaggedBatch, write, write_slots
 from tars_jax.config import ModelConfig
-
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin of `ops.rope_table`
 
@@ -116,7 +116,7 @@ def init(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) ->
         name = leaf_name(path)
         if len(leaf.shape) == 1:
             return jnp.full(leaf.shape, 0.0 if name.endswith("bias") else 1.0, dtype)
-        leaf_key = jax.random.fold_in(key, sum(name.encode()) * 1009 + len(name))
+        leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return jax.random.normal(leaf_key, leaf.shape, dtype) * jnp.asarray(leaf.shape[1] ** -0.5, dtype)
 
     return jax.tree_util.tree_map_with_path(draw, spec(config))
@@ -174,9 +174,7 @@ def _linear(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias.astype(y.dtype)[None]
 
 
-def _project(
-    layer: Layer, config: ModelConfig, x: jax.Array, rotation: Rotation | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _project(layer: Layer, config: ModelConfig, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [T, H, hd], keys and values [T, KV heads, hd], normed and rotated."""
     q = _linear(x, layer.q, layer.q_bias).reshape(-1, config.num_heads, config.head_dim)
     k = _linear(x, layer.k, layer.k_bias).reshape(-1, config.num_kv_heads, config.head_dim)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.load import Model
+from tars_jax.loaders.loaded import Model
 
 Progress = Callable[[int, int, float], None]  # chunks done, chunks in all, perplexity so far
 

@@ -62,19 +62,19 @@ class LowRank:
 Weight = jax.Array | QArray | LowRank
 
 
-def pack(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, *, bits: int, group: int) -> QArray:
-    """Pack int8 codes [O, K] and their scales and minima [O, K // group] into a `QArray` of numpy arrays.
+def pack(codes: Any, scales: Any, mins: Any, *, bits: int, group: int) -> QArray:
+    """Pack numpy arrays, int8 codes [O, K] and their scales and minima (or None) [O, K // group], into a `QArray` of such.
 
     Raises InvalidRequest when K is not a multiple of the group or a code does not fit the bits.
     """
     if codes.shape[-1] % group:
         raise InvalidRequest(f"cannot pack {codes.shape[-1]} columns in groups of {group}")
     if bits == 8:
-        return QArray(np.ascontiguousarray(codes), scales, mins, bits=8, group=group)
+        return QArray(codes, scales, mins, bits=8, group=group)
     unsigned = (codes + (NIBBLE_OFFSET if mins is None else 0)).view(np.uint8).reshape(*codes.shape[:-1], -1, 2, group // 2)
     if unsigned.size and unsigned.max() > 15:
         raise InvalidRequest("cannot pack codes outside 4 bits")
-    packed = unsigned[..., 0, :] | (unsigned[..., 1, :] << 4)
+    packed: Any = unsigned[..., 0, :] | (unsigned[..., 1, :] << 4)
     return QArray(packed.reshape(*codes.shape[:-1], -1), scales, mins, bits=4, group=group)
 
 

@@ -153,7 +153,9 @@ class SentencePieceBpe:
 
 def byte_level_bpe(vocabulary: Vocabulary, merges: Sequence[str], pre: PreTokenizer) -> Segmenter:
     """BPE over GPT-2's byte alphabet, or over UTF-8 where ``pre`` says so. Raises ModelFileError for merges of unknown tokens."""
-    tokenizer = _hub(models.BPE, vocab=vocabulary.index, merges=_pairs(merges), ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level)
+    tokenizer = _hub(
+        models.BPE, vocab=vocabulary.index, merges=_pairs(merges), ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level
+    )
     steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     if pre.byte_level:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -173,8 +175,9 @@ def unigram(vocabulary: Vocabulary, scores: Sequence[float], unk_id: int, charsm
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if squeeze:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if prefix else "never")
+    if prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     return _segmenter(tokenizer)
 
 

@@ -112,7 +112,7 @@ def replace_gguf_reader(monkeypatch: pytest.MonkeyPatch) -> None:
         metadata = {"general.architecture": "llama", "general.file_type": 3}
         return types.SimpleNamespace(metadata=metadata, tensors={"w": types.SimpleNamespace(shape=(269, 500_000))})
 
-    monkeypatch.setitem(sys.modules, "tars_jax.load.gguf", types.SimpleNamespace(open_gguf=open_gguf))
+    monkeypatch.setitem(sys.modules, "tars_jax.loaders.gguf", types.SimpleNamespace(open_gguf=open_gguf))
 
 
 def environ(web: Web, **more: str) -> dict[str, str]:

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tars_jax.attention import ragged_attention
 from tars_jax.cache import RaggedBatch, write, write_slots
@@ -36,11 +37,15 @@ def ragged(rows: list[tuple[int, int]], pad_tokens: int, pad_rows: int, page: in
     return RaggedBatch(np.zeros(total + pad_tokens, np.int32), positions, starts, lengths, order.reshape(len(lengths), width))
 
 
-def check(rows: list[tuple[int, int]], *, pad_tokens: int = 0, pad_rows: int = 0, page: int = 4, window: int = 0, heads: tuple[int, int] = (4, 2)) -> None:
+def check(
+    rows: list[tuple[int, int]], *, pad_tokens: int = 0, pad_rows: int = 0, page: int = 4, window: int = 0, heads: tuple[int, int] = (4, 2)
+) -> None:
     rng = np.random.default_rng(len(rows) + window)
     H, KH, dim = *heads, 8
     batch = ragged(rows, pad_tokens, pad_rows, page, rng)
-    batch = batch.replace(**{f: jnp.asarray(getattr(batch, f)) for f in ("tokens", "positions", "query_starts", "kv_lengths", "page_tables")})
+    batch = batch.replace(
+        **{f: jnp.asarray(getattr(batch, f)) for f in ("tokens", "positions", "query_starts", "kv_lengths", "page_tables")}
+    )
     pool = np.full((2, int(batch.page_tables.max()) + 1, KH, page, dim), np.nan, np.float32)  # unwritten slots must not be read
     q = rng.normal(size=(len(batch.positions), H, dim)).astype(np.float32)
     expected = np.zeros_like(q)

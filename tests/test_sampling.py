@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, SampleRows, Sampled, sample
+from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, Sampled, SampleRows, sample
 
 VOCAB = 300
 DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0.0}

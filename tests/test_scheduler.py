@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tars_jax.config import SamplingParams
 from tars_jax.engine.pages import OutOfPages, PageAllocator
@@ -165,7 +166,11 @@ def test_every_request_ends_once_and_no_page_is_lost(arrivals: list[tuple[int, i
         assert sum(output.finish_reason is not None for output in bench.outputs[number]) == 1
 
 
-@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.lists(st.integers(1, 5), min_size=1, max_size=20))
+@given(
+    st.text("ab", max_size=20),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 5), min_size=1, max_size=20),
+)
 def test_stop_strings_cut_at_the_first_however_the_text_is_split(text: str, stops: list[str], sizes: list[int]) -> None:
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     filtered, shown, at, stopped = StopStrings(tuple(stops)), "", 0, False

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tars_jax.errors import ModelNotFound, TarsError
@@ -25,7 +25,7 @@ class Backend(Protocol):
     def pull(self, model: str) -> Iterator[Chunk]:
         """Bring it; status events."""
 
-    def chat(self, body: Mapping[str, Any]) -> Iterator[Chunk]:
+    def chat(self, body: Mapping[str, Any]) -> Generator[Chunk, None, None]:
         """The chunks of an answer to the body of a chat request. Closing the iterator stops the answer."""
 
     def show(self, model: str) -> Chunk:
@@ -54,7 +54,7 @@ class ServerBackend:
     def pull(self, model: str) -> Iterator[Chunk]:
         return self._stream("/api/pull", {"model": model})
 
-    def chat(self, body: Mapping[str, Any]) -> Iterator[Chunk]:
+    def chat(self, body: Mapping[str, Any]) -> Generator[Chunk, None, None]:
         return self._stream("/api/chat", body)
 
     def generate(self, body: Mapping[str, Any]) -> Chunk:
@@ -74,7 +74,7 @@ class ServerBackend:
     def close(self) -> None:
         self._client.close()
 
-    def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Chunk]:
+    def _stream(self, path: str, body: Mapping[str, Any]) -> Generator[Chunk, None, None]:
         with self._client.stream("POST", path, json=body) as response:
             if response.is_error:
                 response.read()
@@ -126,7 +126,7 @@ class LocalBackend:
 
         return pull(model, self._models.store)
 
-    def chat(self, body: Mapping[str, Any]) -> Iterator[Chunk]:
+    def chat(self, body: Mapping[str, Any]) -> Generator[Chunk, None, None]:
         from api.decode import decode
         from api.ollama import chat_chunks
         from api.schema import ChatRequest
@@ -134,14 +134,14 @@ class LocalBackend:
         request = decode(ChatRequest, json.dumps(body).encode())
         return self._iterate(chat_chunks(self._models, request))
 
-    def _iterate(self, chunks: AsyncIterator[Chunk]) -> Iterator[Chunk]:
+    def _iterate(self, chunks: AsyncGenerator[Chunk, None]) -> Generator[Chunk, None, None]:
         """An async generator, run step by step; the engine works on in its own thread between the steps."""
 
         async def step() -> Chunk | None:
             return await anext(chunks, None)
 
         async def close() -> None:
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await chunks.aclose()
 
         try:
             while (chunk := self._runner.run(step())) is not None:

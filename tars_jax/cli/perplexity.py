@@ -20,7 +20,7 @@ def perplexity(
         text = sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    from tars_jax.load import load
+    from tars_jax.loaders.opening import load
     from tars_jax.perplexity import perplexity as measure
 
     is_terminal = sys.stderr.isatty()

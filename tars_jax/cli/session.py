@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tars_jax.cli.backends import Backend
 from tars_jax.cli.output import AnswerWriter, note, timings
 from tars_jax.cli.progress import show_pull
+
+if TYPE_CHECKING:
+    from tars_jax.cli.backends import Backend
 
 Message = dict[str, Any]
 
@@ -17,7 +19,7 @@ Message = dict[str, Any]
 class Session:
     """The state of ``tars run``; ``/set`` changes it."""
 
-    backend: Backend
+    backend: "Backend"
     model: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     system: str = ""
@@ -69,7 +71,7 @@ class Session:
         """Print an answer and yield its text: the answer to stdout, the thinking and the measures to stderr."""
         writer, thinking = AnswerWriter(wraps=self.wraps), _ThinkingWriter(self.hides_thinking)
         try:
-            with contextlib.closing(self.backend.chat(self._body(self.messages))) as chunks:  # type: ignore[type-var]
+            with contextlib.closing(self.backend.chat(self._body(self.messages))) as chunks:
                 for chunk in chunks:
                     thinking.write(chunk["message"].get("thinking", ""))
                     if text := chunk["message"]["content"]:

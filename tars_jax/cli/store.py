@@ -74,7 +74,7 @@ def _brief(value: Any) -> str:
 
 def copy(source: str, destination: str) -> None:
     """Copy a model."""
-    from api.ollama import copy_model
+    from api.catalog import copy_model
 
     copy_model(_store(), source, destination)
     note(f"copied '{source}' to '{destination}'")

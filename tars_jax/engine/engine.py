@@ -5,7 +5,8 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence as SequenceOf
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 
 import jax
 import numpy as np
@@ -15,9 +16,9 @@ from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.request import Output, Request
 from tars_jax.engine.scheduler import Plan, Scheduler
 from tars_jax.engine.sequence import Sequence
-from tars_jax.engine.step import build_batch, init_state, read_row, run_step
+from tars_jax.engine.step import EngineState, build_batch, init_state, read_row, run_step
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
-from tars_jax.load import Model
+from tars_jax.loaders.loaded import Model
 
 log = logging.getLogger(__name__)
 _request_ids = itertools.count(1)
@@ -56,14 +57,15 @@ def new_request_id() -> int:
 class Engine:
     """Runs a model for many requests at once (continuous batching over a paged KV cache)."""
 
-    def __init__(self, model: Model, config: EngineConfig = EngineConfig()) -> None:
-        self.model, self.config = model, resolve(config, model)
+    def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
+        self.model, self.config = model, resolve(config or EngineConfig(), model)
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: tuple[Plan, jax.Array] | None = None
         self._counters = dict.fromkeys(("steps", "prompt_tokens", "output_tokens"), 0)
         self._closing = False
+        self._state: EngineState
         self._reset()
         self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()

@@ -3,7 +3,9 @@
 The device keeps each row's token history, so a decode's input token never visits the host between two steps.
 """
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.scheduler import Plan
+from tars_jax.engine.sequence import Sequence
 from tars_jax.model import Decoder, forward, logits
 from tars_jax.sampling import MAX_TOP_LOGPROBS, SampleRows, sample
 
@@ -52,7 +55,7 @@ def run_step(params: Decoder, state: EngineState, batch: StepBatch, *, config: M
     max_rows, context = state.tokens.shape
     token_slots = jnp.where(ragged.positions < 0, max_rows, batch.slots[ragged.rows])
     known = state.tokens.at[token_slots, ragged.positions].get(mode="fill", fill_value=0)
-    ragged = ragged.replace(tokens=jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens))
+    ragged = dataclasses.replace(ragged, tokens=jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens))
     tokens = state.tokens.at[token_slots, ragged.positions].set(ragged.tokens, mode="drop")
     hidden, cache = forward(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
     history = tokens.at[batch.slots].get(mode="fill", fill_value=0)
@@ -82,10 +85,10 @@ def build_batch(plan: Plan, engine: EngineConfig, vocab_size: int) -> StepBatch:
     total = sum(span.count for span in plan)
     T = bucket(total)
     R = min(T, engine.max_rows)
-    tokens, positions = np.zeros(T, np.int32), np.full(T, -1, np.int32)
-    starts, lengths = np.full(R + 1, total, np.int32), np.zeros(R, np.int32)
-    tables = np.zeros((R, -(-engine.max_context // engine.page_size)), np.int32)
-    slots, samples = np.full(R, engine.max_rows, np.int32), np.zeros(R, bool)
+    tokens, positions = _filled(T), _filled(T, value=-1)
+    starts, lengths, slots = _filled(R + 1, value=total), _filled(R), _filled(R, value=engine.max_rows)
+    tables = _filled(R, -(-engine.max_context // engine.page_size))
+    samples = _filled(R, dtype=np.bool_)
     at = 0
     for r, span in enumerate(plan):
         sequence, end = span.sequence, span.start + span.count
@@ -99,32 +102,40 @@ def build_batch(plan: Plan, engine: EngineConfig, vocab_size: int) -> StepBatch:
     return StepBatch(ragged=ragged, slots=slots, samples=samples, rows=_sample_rows(plan, R, engine.max_context, vocab_size))
 
 
+def _filled(*shape: int, value: float = 0, dtype: type = np.int32) -> Any:
+    """A fresh host array (a step that is still running may read the last one); Any, since structs speak of device arrays."""
+    return np.full(shape, value, dtype)
+
+
 def _sample_rows(plan: Plan, R: int, max_context: int, vocab_size: int) -> SampleRows:
     """Padding rows and rows that do not sample are greedy: they cost nothing."""
     rows = SampleRows(
-        temperature=np.zeros(R, np.float32),
-        top_k=np.zeros(R, np.int32),
-        top_p=np.ones(R, np.float32),
-        min_p=np.zeros(R, np.float32),
-        repeat_penalty=np.ones(R, np.float32),
-        presence_penalty=np.zeros(R, np.float32),
-        frequency_penalty=np.zeros(R, np.float32),
-        window=np.zeros(R, np.int32),
-        seed=np.zeros(R, np.uint32),
-        top_logprobs=np.zeros(R, np.int32),
-        masked=np.zeros(R, bool),
-        allowed=np.zeros((R, -(-vocab_size // 32)), np.uint32),
+        temperature=_filled(R, dtype=np.float32),
+        top_k=_filled(R),
+        top_p=_filled(R, value=1, dtype=np.float32),
+        min_p=_filled(R, dtype=np.float32),
+        repeat_penalty=_filled(R, value=1, dtype=np.float32),
+        presence_penalty=_filled(R, dtype=np.float32),
+        frequency_penalty=_filled(R, dtype=np.float32),
+        window=_filled(R),
+        seed=_filled(R, dtype=np.uint32),
+        top_logprobs=_filled(R),
+        masked=_filled(R, dtype=np.bool_),
+        allowed=_filled(R, -(-vocab_size // 32), dtype=np.uint32),
     )
     for r, span in enumerate(plan):
-        if not span.samples:
-            continue
-        params, sequence = span.sequence.params, span.sequence
-        for field in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
-            getattr(rows, field)[r] = getattr(params, field)
-        rows.window[r] = max_context if params.repeat_last_n < 0 else params.repeat_last_n
-        rows.seed[r] = sequence.seed & 0xFFFFFFFF
-        rows.top_logprobs[r] = params.top_logprobs if params.logprobs else 0
-        if sequence.constraint is not None:
-            rows.masked[r] = True
-            sequence.constraint.fill(rows.allowed[r])
+        if span.samples:
+            _fill_row(rows, r, span.sequence, max_context)
     return rows
+
+
+def _fill_row(rows: Any, r: int, sequence: Sequence, max_context: int) -> None:
+    params = sequence.params
+    for field in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
+        getattr(rows, field)[r] = getattr(params, field)
+    rows.window[r] = max_context if params.repeat_last_n < 0 else params.repeat_last_n
+    rows.seed[r] = sequence.seed & 0xFFFFFFFF
+    rows.top_logprobs[r] = params.top_logprobs if params.logprobs else 0
+    if sequence.constraint is not None:
+        rows.masked[r] = True
+        sequence.constraint.fill(rows.allowed[r])

@@ -32,7 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ModelFileError: it is no readable GGUF file.
     """
-    from tars_jax.load.gguf import open_gguf  # here: numpy is not needed to list models
+    from tars_jax.loaders.gguf import open_gguf  # here: numpy is not needed to list models
 
     gguf = open_gguf(path)
     family = str(gguf.metadata.get("general.architecture", "unknown"))

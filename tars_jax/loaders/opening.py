@@ -10,10 +10,10 @@ import jax
 from tars_jax.chat import CHATML, ChatTemplate
 from tars_jax.config import models_dir
 from tars_jax.errors import ModelFileError
-from tars_jax.load.gguf import GGUFFile, open_gguf
-from tars_jax.load.gguf_model import read_config, tensor_reader
-from tars_jax.load.loaded import Model
-from tars_jax.load.params import Progress, WeightForm, build_params
+from tars_jax.loaders.gguf import GGUFFile, open_gguf
+from tars_jax.loaders.gguf_model import read_config, tensor_reader
+from tars_jax.loaders.loaded import Model
+from tars_jax.loaders.params import Progress, WeightForm, build_params
 from tars_jax.store import Store
 from tars_jax.tokenizer import Tokenizer
 
@@ -61,7 +61,6 @@ def _choose_form(file: GGUFFile, dtype: str) -> WeightForm:
     elements = sum(math.prod(info.shape) for info in file.tensors.values())
     expanded = elements * (4 if dtype == "float32" else 2)
     return "dense" if expanded <= free_memory() // 4 else "packed"
-
 
 
 def free_memory() -> int:

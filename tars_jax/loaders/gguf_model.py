@@ -7,10 +7,10 @@ import numpy as np
 
 from tars_jax.config import ModelConfig, RopeScaling
 from tars_jax.errors import ModelFileError
-from tars_jax.load.blocks import Blocks
-from tars_jax.load.gguf import GGUFFile
-from tars_jax.load.names import GGUF
-from tars_jax.load.params import ReadTensor
+from tars_jax.loaders.blocks import Blocks
+from tars_jax.loaders.gguf import GGUFFile
+from tars_jax.loaders.names import GGUF
+from tars_jax.loaders.params import ReadTensor
 
 # Architectures of the Llama family, and whether their rotary pairs are neighbours (2i, 2i + 1) in the file.
 INTERLEAVED_ROPE = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False}
@@ -78,7 +78,7 @@ def _half_order(config: ModelConfig, heads: int) -> np.ndarray:
 def _rope_scaling(file: GGUFFile, keys: "_Keys") -> RopeScaling:
     original = int(keys.get("rope.scaling.original_context_length", 0))
     attention = keys.get("rope.scaling.attn_factor", None)
-    factors = {name: tuple(file.read(name).astype(float).tolist()) for name in _FACTOR_TENSORS if name in file.tensors}
+    factors = {name: _floats(file, name) for name in _FACTOR_TENSORS if name in file.tensors}
     if "rope_freqs.weight" in factors:  # llama.cpp's form of llama3 scaling: the divisors themselves
         return RopeScaling("longrope", long_factors=factors["rope_freqs.weight"], attention_factor=1.0)
     if factors:
@@ -91,6 +91,12 @@ def _rope_scaling(file: GGUFFile, keys: "_Keys") -> RopeScaling:
     if kind == "none" or factor in (0.0, 1.0):
         return RopeScaling()
     return RopeScaling("yarn" if kind == "yarn" else "linear", factor=factor, original_context=original)
+
+
+def _floats(file: GGUFFile, name: str) -> tuple[float, ...]:
+    value = file.read(name)
+    dense = value.dequantize() if isinstance(value, Blocks) else value
+    return tuple(dense.astype(float).reshape(-1).tolist())
 
 
 _FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -115,5 +121,3 @@ class _Keys:
         if not isinstance(value, int) or not 0 < value < 2**31:
             raise ModelFileError(f"{self._source}: {self._architecture}.{key} is {value!r}, expected a positive number")
         return value
-
-

@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from tars_jax.errors import ModelFileError
-from tars_jax.load import codebooks
-from tars_jax.load.codebooks import Scales, fields, half, part, single, spread
+from tars_jax.loaders import codebooks
+from tars_jax.loaders.codebooks import Scales, fields, half, part, single, spread
 
 _CHUNK_WEIGHTS = 1 << 16  # decoded at a time: temporaries stay in the L2 cache, whatever the tensor's size
 

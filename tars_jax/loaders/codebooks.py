@@ -39,10 +39,10 @@ def spread(packed: np.ndarray, width: int, bits: int, codes: np.ndarray) -> None
     """
     lanes = 8 // bits
     runs = packed.reshape(len(packed), -1, width)
-    fields = codes.view(np.uint8).reshape(len(packed), -1, lanes, width)
+    numbers = codes.view(np.uint8).reshape(len(packed), -1, lanes, width)
     for lane in range(lanes):
-        np.right_shift(runs, np.uint8(lane * bits), out=fields[:, :, lane])
-    np.bitwise_and(fields, np.uint8((1 << bits) - 1), out=fields)
+        np.right_shift(runs, np.uint8(lane * bits), out=numbers[:, :, lane])
+    np.bitwise_and(numbers, np.uint8((1 << bits) - 1), out=numbers)
 
 
 def fields(packed: np.ndarray, width: int, bits: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tars_jax.errors import ModelFileError
-from tars_jax.load.blocks import Blocks, data_size, decode
+from tars_jax.loaders.blocks import Blocks, data_size, decode
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

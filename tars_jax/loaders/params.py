@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax.config import ModelConfig
-from tars_jax.load.blocks import Blocks
-from tars_jax.load.names import canonical, refuse
+from tars_jax.loaders.blocks import Blocks
+from tars_jax.loaders.names import canonical, refuse
 from tars_jax.model import Decoder, leaf_name, spec
 from tars_jax.quant import Weight, pack
 

@@ -63,7 +63,9 @@ class Model:
         parts = []
         for start in range(0, count, SCORE_TOKENS):
             chunk = np.asarray(ids[start : start + SCORE_TOKENS], np.int32)
-            scores, cache = _score(self.params, cache, _single_row(chunk, start, table), config=self.config, dtype=self.dtype, context=count)
+            scores, cache = _score(
+                self.params, cache, _single_row(chunk, start, table), config=self.config, dtype=self.dtype, context=count
+            )
             parts.append(np.asarray(scores)[: len(chunk)])
         return np.concatenate(parts)
 
@@ -79,11 +81,11 @@ def _single_row(tokens: np.ndarray, start: int, table: np.ndarray) -> RaggedBatc
     positions = np.full(padded, -1, np.int32)
     positions[:count] = np.arange(start, start + count)
     return RaggedBatch(
-        tokens=np.pad(tokens, (0, padded - count)),
-        positions=positions,
-        query_starts=np.array([0, count], np.int32),
-        kv_lengths=np.array([start + count], np.int32),
-        page_tables=table,
+        tokens=jnp.asarray(np.pad(tokens, (0, padded - count))),
+        positions=jnp.asarray(positions),
+        query_starts=jnp.array([0, count], jnp.int32),
+        kv_lengths=jnp.array([start + count], jnp.int32),
+        page_tables=jnp.asarray(table),
     )
 
 

@@ -1,0 +1,299 @@
+// Sixteen-lane vectors on whatever the instruction set of this translation unit offers: one 512-bit register, two of 256 bits, four of 128.
+//
+// Everything here and in the files that include it lives in the namespace TARS_ISA, which each of isa_*.cc defines differently: the same
+// source is compiled once per instruction set and must not be merged by the linker.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "format.h"
+
+#if defined(__AVX512F__)
+#define TARS_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define TARS_VECTOR_BYTES 32
+#else
+#define TARS_VECTOR_BYTES 16
+#endif
+#define TARS_INLINE static inline __attribute__((always_inline))
+#define TARS_EACH_PART(i) _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
+
+namespace tars::TARS_ISA {
+
+constexpr int kParts = 64 / TARS_VECTOR_BYTES;
+constexpr int kPartLanes = kLanes / kParts;
+constexpr int kRowBlock = kParts == 1 ? 8 : 2;  // accumulators that fit in 32 or in 16 registers
+
+typedef float FloatPart __attribute__((vector_size(TARS_VECTOR_BYTES)));
+typedef int32_t IntPart __attribute__((vector_size(TARS_VECTOR_BYTES)));
+
+struct Floats {
+  FloatPart part[kParts];
+};
+struct Ints {  // also 64 bytes of codes
+  IntPart part[kParts];
+};
+
+TARS_INLINE Floats splat(float x) {
+  Floats r;
+  TARS_EACH_PART(i) r.part[i] = x - FloatPart{};
+  return r;
+}
+TARS_INLINE Ints splat(int32_t x) {
+  Ints r;
+  TARS_EACH_PART(i) r.part[i] = x - IntPart{};
+  return r;
+}
+TARS_INLINE Floats load(const float* p) {
+  Floats r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+TARS_INLINE Ints load_ints(const void* p) {
+  Ints r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+TARS_INLINE void store(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
+TARS_INLINE void store(int32_t* p, Ints a) { std::memcpy(p, &a, sizeof a); }
+
+#define TARS_BINARY(V, op)                                   \
+  TARS_INLINE V operator op(V a, V b) {                      \
+    TARS_EACH_PART(i) a.part[i] = a.part[i] op b.part[i];    \
+    return a;                                                \
+  }
+TARS_BINARY(Floats, +)
+TARS_BINARY(Floats, -)
+TARS_BINARY(Floats, *)
+TARS_BINARY(Floats, /)
+TARS_BINARY(Ints, +)
+TARS_BINARY(Ints, -)
+TARS_BINARY(Ints, &)
+TARS_BINARY(Ints, |)
+TARS_BINARY(Ints, ^)
+#undef TARS_BINARY
+
+// a * b + c; the compiler contracts it where there is a fused instruction.
+TARS_INLINE Floats fma(Floats a, Floats b, Floats c) {
+  TARS_EACH_PART(i) c.part[i] = a.part[i] * b.part[i] + c.part[i];
+  return c;
+}
+template <int N>
+TARS_INLINE Ints shift_left(Ints a) {
+  TARS_EACH_PART(i) a.part[i] = a.part[i] << N;
+  return a;
+}
+template <int N>
+TARS_INLINE Ints shift_right(Ints a) {  // arithmetic
+  TARS_EACH_PART(i) a.part[i] = a.part[i] >> N;
+  return a;
+}
+TARS_INLINE Floats to_floats(Ints a) {
+  Floats r;
+  TARS_EACH_PART(i) r.part[i] = __builtin_convertvector(a.part[i], FloatPart);
+  return r;
+}
+TARS_INLINE Floats as_floats(Ints a) {
+  Floats r;
+  std::memcpy(&r, &a, sizeof r);
+  return r;
+}
+TARS_INLINE Ints as_ints(Floats a) {
+  Ints r;
+  std::memcpy(&r, &a, sizeof r);
+  return r;
+}
+// Lanes of -1 where a < b, else 0; a NaN compares false.
+TARS_INLINE Ints less(Floats a, Floats b) {
+  Ints r;
+  TARS_EACH_PART(i) r.part[i] = a.part[i] < b.part[i];
+  return r;
+}
+TARS_INLINE Ints less(Ints a, Ints b) {
+  Ints r;
+  TARS_EACH_PART(i) r.part[i] = a.part[i] < b.part[i];
+  return r;
+}
+TARS_INLINE Floats select(Ints mask, Floats a, Floats b) {
+  TARS_EACH_PART(i) a.part[i] = mask.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+TARS_INLINE Ints select(Ints mask, Ints a, Ints b) {
+  TARS_EACH_PART(i) a.part[i] = mask.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+TARS_INLINE Floats max(Floats a, Floats b) {
+  TARS_EACH_PART(i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+TARS_INLINE Ints iota() {
+  Ints r;
+  for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = i;
+  return r;
+}
+
+TARS_INLINE float sum(Floats a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)a.part[0]);
+#else
+  float x[kLanes];
+  store(x, a);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+#endif
+}
+TARS_INLINE int32_t sum(Ints a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)a.part[0]);
+#else
+  int32_t x[kLanes], total = 0;
+  store(x, a);
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+#endif
+}
+TARS_INLINE float max_of(Floats a) {
+  float x[kLanes];
+  store(x, a);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  return x[0];
+}
+TARS_INLINE int32_t max_of(Ints a) {
+  int32_t x[kLanes];
+  store(x, a);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  return x[0];
+}
+
+// 16 half-width numbers, widened. The portable float16 path rebuilds the exponent by a multiplication, which also gets denormals right.
+TARS_INLINE Ints widen_u16(const void* p) {
+  Ints r;
+  uint16_t x[kLanes];
+  std::memcpy(x, p, sizeof x);
+  for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = x[i];
+  return r;
+}
+TARS_INLINE Floats load_f16(const void* p) {
+#if defined(__AVX512F__)
+  return {{(FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}};
+#elif defined(__AVX2__)
+  const __m128i* q = (const __m128i*)p;
+  return {{(FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(q)), (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(q + 1))}};
+#else
+  Ints bits = widen_u16(p);
+  Floats value = as_floats(shift_left<13>(bits & splat(0x7fff))) * splat(0x1p112f);
+  Ints special = less(splat(65535.0f), value);  // infinities and NaNs
+  Ints sign = shift_left<16>(bits & splat(0x8000));
+  return as_floats(as_ints(value) | (special & splat(0x7f800000)) | sign);
+#endif
+}
+TARS_INLINE Floats load_bf16(const void* p) {
+#if defined(__AVX512F__)
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return {{(FloatPart)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))}};
+#else
+  return as_floats(shift_left<16>(widen_u16(p)));
+#endif
+}
+
+// float32 bits rounded to bfloat16 (to nearest, ties to even), in the low half of each lane; NaN stays NaN.
+TARS_INLINE Ints round_bf16(Floats a) {
+  Ints bits = as_ints(a);
+  Ints odd = shift_right<16>(bits) & splat(1);
+  Ints rounded = shift_right<16>(bits + splat(0x7fff) + odd) & splat(0xffff);
+  Ints nan = less(splat(0x7f800000), bits & splat(0x7fffffff));
+  return select(nan, splat(0x7fc0), rounded);
+}
+
+inline uint16_t to_f16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+  if (magnitude < 0x38800000) {                       // denormal: let the adder round at the right place
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value += 0.5f;
+    std::memcpy(&magnitude, &value, 4);
+    return sign | (magnitude - 0x3f000000);
+  }
+  uint32_t odd = (magnitude >> 13) & 1;
+  return sign | ((magnitude + 0xc8000fff + odd) >> 13);
+}
+
+TARS_INLINE void store_f16(void* p, Floats a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  TARS_EACH_PART(i) _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph((__m256)a.part[i], _MM_FROUND_TO_NEAREST_INT));
+#else
+  float x[kLanes];
+  uint16_t y[kLanes];
+  store(x, a);
+  for (int i = 0; i < kLanes; ++i) y[i] = to_f16_bits(x[i]);
+  std::memcpy(p, y, sizeof y);
+#endif
+}
+TARS_INLINE void store_bf16(void* p, Floats a) {
+  int32_t x[kLanes];
+  uint16_t y[kLanes];
+  store(x, round_bf16(a));
+  for (int i = 0; i < kLanes; ++i) y[i] = static_cast<uint16_t>(x[i]);
+  std::memcpy(p, y, sizeof y);
+}
+
+TARS_INLINE Floats load_as(DType type, const void* p) {
+  switch (type) {
+    case DType::kF16: return load_f16(p);
+    case DType::kBF16: return load_bf16(p);
+    default: return load(static_cast<const float*>(p));
+  }
+}
+TARS_INLINE void store_as(DType type, void* p, Floats a) {
+  switch (type) {
+    case DType::kF16: return store_f16(p, a);
+    case DType::kBF16: return store_bf16(p, a);
+    default: return store(static_cast<float*>(p), a);
+  }
+}
+// The first n < 16 numbers; the rest is zero and its memory is not touched.
+TARS_INLINE Floats load_some(DType type, const void* p, int n) {
+  char buffer[sizeof(Floats)] = {};
+  std::memcpy(buffer, p, n * size_of(type));
+  return load_as(type, buffer);
+}
+TARS_INLINE void store_some(DType type, void* p, Floats a, int n) {
+  char buffer[sizeof(Floats)];
+  store_as(type, buffer, a);
+  std::memcpy(p, buffer, n * size_of(type));
+}
+
+// e**x to about 2 ulp (Cephes' polynomial); underflows to 0, overflows to infinity, keeps NaN.
+TARS_INLINE Floats exp(Floats x) {
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer in the low bits
+  Floats shifted = fma(x, splat(1.44269504f), magic);
+  Floats n = shifted - magic;
+  Floats r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Floats p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + splat(1.0f);
+  Floats power = as_floats(shift_left<23>(as_ints(shifted) + splat(127)));  // 2**n: the magic's own bits leave by the top
+  Floats value = p * power;
+  value = select(less(x, splat(-87.3f)), splat(0.0f), value);
+  return select(less(splat(88.0f), x), splat(__builtin_inff()), value);
+}
+TARS_INLINE Floats tanh(Floats x) { return splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f)); }
+
+}  // namespace tars::TARS_ISA

@@ -1,0 +1,191 @@
+"""The default model, end to end, against what llama.cpp recorded on the same file."""
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tars_jax import Engine, EngineConfig, SamplingParams, load
+from tars_jax.engine.engine import new_request_id
+from tars_jax.engine.request import Output, Request
+from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
+from tars_jax.perplexity import log_probabilities, perplexity
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0)
+
+
+def collect(engine: Engine, prompt: str, params: SamplingParams) -> list[Output]:
+    outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+    engine.submit(Request(new_request_id(), tuple(engine.model.tokenizer.encode(prompt)), params, outputs.put))
+    answers = [outputs.get(timeout=120)]
+    while answers[-1].finish_reason is None:
+        answers.append(outputs.get(timeout=120))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def teacher_forced(smollm2: Any, golden: dict[str, Any]) -> list[tuple[np.ndarray, list[dict[str, Any]]]]:
+    """Our log-probabilities of the recorded continuations, and both records, for each of the 8 prompts."""
+    result = []
+    for i, entry in enumerate(golden["f16"]["greedy"]):
+        for kind in golden:
+            recorded = golden[kind]["greedy"][i]
+            logits = smollm2.logits(recorded["prompt_ids"] + recorded["tokens"])[len(entry["prompt_ids"]) - 1 : -1]
+            result.append((kind, logits, recorded))
+    return result
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("f16", 0.01), ("q4_1", 0.05)])
+def test_log_probabilities_agree_with_llama_cpp(teacher_forced: Any, kind: str, limit: float) -> None:
+    differences = [
+        np.abs(log_probabilities(logits, recorded["tokens"]) - [entry["logprob"] for entry in recorded["logprobs"]]).mean()
+        for which, logits, recorded in teacher_forced
+        if which == kind
+    ]
+    assert len(differences) == 8
+    assert np.mean(differences) < limit
+
+
+def test_first_greedy_tokens_agree_with_llama_cpp(teacher_forced: Any) -> None:
+    for _, logits, recorded in teacher_forced:
+        assert int(logits[0].argmax()) == recorded["tokens"][0]
+
+
+def test_packed_weights_give_the_logits_of_dense_ones(smollm2: Any, smollm2_path: Path) -> None:
+    packed = load(smollm2_path, weights="packed")
+    ids = smollm2.tokenizer.encode("The lighthouse at the end of the breakwater")
+    assert packed.nbytes < smollm2.nbytes / 4
+    np.testing.assert_allclose(packed.logits(ids), smollm2.logits(ids), atol=2e-3)
+
+
+def test_perplexity_agrees_with_llama_cpp(smollm2: Any) -> None:
+    text = (Path(__file__).parents[1] / "golden" / "perplexity.txt").read_text()
+    assert perplexity(smollm2, text, context=512) == pytest.approx(22.46, rel=0.003)
+
+
+def test_the_engine_writes_what_the_logits_say(smollm2_engine: Engine, golden: dict[str, Any]) -> None:
+    for entry in golden["f16"]["greedy"][:3]:
+        text = "".join(smollm2_engine.generate(entry["prompt"], GREEDY))
+        ids = entry["prompt_ids"] + smollm2_engine.model.tokenizer.encode(text)
+        logits = smollm2_engine.model.logits(ids)[len(entry["prompt_ids"]) - 1 : -1]
+        assert logits.argmax(-1).tolist() == ids[len(entry["prompt_ids"]) :]
+
+
+def test_an_answer_is_the_same_alone_and_among_others(smollm2_engine: Engine, golden: dict[str, Any]) -> None:
+    prompts = [entry["prompt"] for entry in golden["f16"]["greedy"]]
+    params = [SamplingParams(max_tokens=12, temperature=0.7 if i % 2 else 0, seed=i) for i in range(len(prompts))]
+    alone = ["".join(smollm2_engine.generate(*pair)) for pair in zip(prompts, params, strict=True)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda pair: "".join(smollm2_engine.generate(*pair)), zip(prompts, params, strict=True)))
+    assert together == alone
+
+
+def test_an_answer_survives_preemption(smollm2: Any, smollm2_engine: Engine) -> None:
+    small = Engine(smollm2, EngineConfig(max_context=64, cache_tokens=96, max_rows=8, max_step_tokens=128))
+    prompts = ["Once upon a time", "The capital of France is", "In the beginning there was"]
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            crowded = list(pool.map(lambda prompt: "".join(small.generate(prompt, params)), prompts))
+        assert small.stats().preemptions > 0
+        assert small.stats().free_pages == small.stats().num_pages - 1
+    finally:
+        small.close()
+    assert crowded == ["".join(smollm2_engine.generate(prompt, params)) for prompt in prompts]
+
+
+def test_seeds_repeat_and_differ(smollm2_engine: Engine) -> None:
+    def answer(seed: int) -> str:
+        return "".join(smollm2_engine.generate("My favourite animal is", SamplingParams(max_tokens=12, temperature=1.0, seed=seed)))
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(4)}) > 1
+
+
+def test_stop_strings_never_show(smollm2_engine: Engine) -> None:
+    whole = "".join(smollm2_engine.generate("Once upon a time", GREEDY))
+    stop = whole[10:14]
+    assert "".join(smollm2_engine.generate("Once upon a time", SamplingParams(max_tokens=24, temperature=0, stop=(stop,)))) == whole[:10]
+
+
+def test_logprobs_come_with_the_tokens(smollm2_engine: Engine, golden: dict[str, Any]) -> None:
+    entry = golden["f16"]["greedy"][0]
+    outputs = collect(smollm2_engine, entry["prompt"], SamplingParams(max_tokens=4, temperature=0, logprobs=True, top_logprobs=2))
+    got = [logprob for output in outputs for logprob in output.logprobs]
+    assert [logprob.token_id for logprob in got] == entry["tokens"][:4]
+    for ours, theirs in zip(got, entry["logprobs"], strict=False):
+        assert ours.logprob == pytest.approx(theirs["logprob"], abs=0.02)
+        assert ours.top[0] == (ours.token_id, pytest.approx(ours.logprob, abs=1e-5))
+
+
+def test_json_format_gives_a_json_object(smollm2_engine: Engine) -> None:
+    import json
+
+    properties = '{"name":{"type":"string","maxLength":12},"age":{"type":"integer","maximum":99}}'
+    schema = f'{{"type":"object","properties":{properties},"required":["name","age"]}}'
+    prompt = smollm2_engine.model.chat_prompt([{"role": "user", "content": "Who are you? Answer in JSON."}])
+    for seed in range(3):
+        params = SamplingParams(max_tokens=80, temperature=1.5, seed=seed, grammar=schema)
+        answer = json.loads("".join(smollm2_engine.generate(prompt, params)))
+        assert set(answer) == {"name", "age"}
+
+
+def test_usage_counts_prompt_and_answer(smollm2_engine: Engine) -> None:
+    usage = collect(smollm2_engine, "Once upon a time", SamplingParams(max_tokens=5, temperature=0))[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.output_tokens) == (4, 5)
+    assert usage.prefill_seconds > 0
+    assert usage.decode_seconds > 0
+
+
+def test_a_cancelled_request_frees_its_pages(smollm2_engine: Engine) -> None:
+    stream = smollm2_engine.generate("Once upon a time", SamplingParams(max_tokens=400, temperature=0))
+    next(stream)
+    stream.close()
+    assert "".join(smollm2_engine.generate("Hello", SamplingParams(max_tokens=2, temperature=0)))
+    stats = smollm2_engine.stats()
+    assert stats.free_pages == stats.num_pages - 1
+
+
+def test_a_failed_step_ends_its_requests_and_later_ones_work(smollm2_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = "".join(smollm2_engine.generate("Once upon a time", GREEDY))
+    monkeypatch.setattr(smollm2_engine, "_dispatch", lambda plan: (_ for _ in ()).throw(RuntimeError("device lost")))
+    with pytest.raises(TarsError, match="device lost"):
+        list(smollm2_engine.generate("Once upon a time", GREEDY))
+    monkeypatch.undo()
+    assert "".join(smollm2_engine.generate("Once upon a time", GREEDY)) == before
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(smollm2_engine: Engine) -> None:
+    with pytest.raises(ContextOverflow, match=r"1500 tokens.*1024"):
+        list(smollm2_engine.generate([1] * 1500, GREEDY))
+
+
+def test_an_empty_prompt_and_a_foreign_token_are_refused(smollm2_engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="empty"):
+        list(smollm2_engine.generate([], GREEDY))
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        list(smollm2_engine.generate([10**6], GREEDY))
+
+
+def test_a_full_queue_refuses(smollm2: Any) -> None:
+    engine = Engine(smollm2, EngineConfig(max_context=64, max_queue=0))
+    with pytest.raises(ServerBusy):
+        list(engine.generate("Hello", GREEDY))
+    engine.close()
+
+
+def test_a_warm_engine_compiles_nothing(smollm2_engine: Engine) -> None:
+    list(smollm2_engine.generate("Once upon a time", GREEDY))
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    )
+    list(smollm2_engine.generate("There was once", SamplingParams(max_tokens=30, temperature=0.8, top_k=20, seed=3, repeat_penalty=1.2)))
+    assert compiled == []
+    jax.jit(lambda x: x * 3.5)(1.25)
+    assert len(compiled) == 1  # the listener does hear
