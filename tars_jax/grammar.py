@@ -50,12 +50,27 @@ class GrammarCompiler:
 
 def _parse(grammar: str) -> dict[str, Any]:
     try:
-        schema = json.loads(grammar)
+        schema = _closed(json.loads(grammar))
     except (json.JSONDecodeError, RecursionError) as error:
         raise InvalidRequest(f"format: not a valid JSON schema: {error}") from None
     if not isinstance(schema, dict):
         raise InvalidRequest(f"format: a JSON schema is an object, not {type(schema).__name__}")
     return schema
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with every object limited to its listed properties, unless it says otherwise: llama.cpp's reading, and what
+    people mean. Parts of an ``allOf`` stay open, since each lists only some of the properties."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    literal = ("allOf", "const", "enum", "default", "examples")
+    closed = {key: value if key in literal else _closed(value) for key, value in schema.items()}
+    is_object = isinstance(schema.get("properties"), dict) and schema.get("type", "object") == "object"
+    if is_object and not {"additionalProperties", "patternProperties", "allOf", "$ref"} & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
 
 
 class _Vocabulary:

@@ -20,8 +20,10 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MAX_STEPS = 1_000_000  # loop passes and calls of one rendering; a prompt of a thousand messages takes some ten thousand
+MAX_STEPS = 1_000_000  # loop passes of one rendering, of which a thousand messages take some ten thousand
+CALL_STEPS = 10  # a call takes as long as some ten loop passes
 MAX_LENGTH = 50_000_000  # characters or items of anything a template builds with + or *
+MAX_BITS = 100_000  # of a number
 
 _steps_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("steps_left")
 
@@ -101,23 +103,23 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return tree
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (as in jinja2)
-        _charge(1)
+        _charge(CALL_STEPS)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(side) if isinstance(side, Sized) else side for side in (left, right)]
-        if operator == "**" and (not isinstance(right, int) or right > 64):
-            raise SecurityError("the template raises a number to a huge power")
-        if any(isinstance(side, Sized) for side in (left, right)) and _combined(operator, sizes) > MAX_LENGTH:
+        if _too_big(operator, left, right):
             raise SecurityError("the template builds a huge value")
         return super().call_binop(context, operator, left, right)
 
 
-def _combined(operator: str, sizes: list[Any]) -> int:
-    """The length of the sum or product of two values; 0 where there is none, which Python then says itself."""
+def _too_big(operator: str, left: Any, right: Any) -> bool:
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+        return bits > MAX_BITS
+    sizes = [len(side) if isinstance(side, Sized) else side for side in (left, right)]
     if not all(isinstance(size, int) for size in sizes):
-        return 0
-    return int(sizes[0] * sizes[1] if operator == "*" else sizes[0] + sizes[1])
+        return False
+    return bool((sizes[0] * sizes[1] if operator == "*" else sizes[0] + sizes[1]) > MAX_LENGTH)
 
 
 def _raise_exception(message: str) -> None:

@@ -56,9 +56,10 @@ class Tokenizer:
         """
         parse = add_special if parse_special is None else parse_special
         try:
-            ids = self._encoder.encode(text, parse)
+            text.encode()
         except UnicodeEncodeError:  # lone surrogates, which JSON can carry
-            ids = self._encoder.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), parse)
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self._encoder.encode(text, parse)
         if add_special and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         if add_special and self.add_eos and self.eos_id is not None and ids[-1:] != [self.eos_id]:

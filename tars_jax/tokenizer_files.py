@@ -48,10 +48,7 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in _READERS:
         raise ModelFileError(f"unsupported tokenizer {kind!r} (tokenizer.ggml.model); supported: {', '.join(_READERS)}")
-    try:
-        return _READERS[kind](metadata)
-    except UnicodeEncodeError as error:
-        raise ModelFileError(f"the model file's vocabulary is not valid UTF-8: {error}") from error
+    return _READERS[kind](metadata)
 
 
 def _read_bpe(metadata: Mapping[str, Any]) -> TokenizerParts:

@@ -57,7 +57,7 @@ def _train_byte_level() -> HubTokenizer:
 
 def train_sentencepiece(**options: Any) -> sentencepiece.SentencePieceProcessor:
     model = io.BytesIO()
-    identity = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    identity: dict[str, Any] = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, minloglevel=2, hard_vocab_limit=False, **identity | options
     )
@@ -80,6 +80,9 @@ SENTENCEPIECE = train_sentencepiece(model_type="bpe", vocab_size=500, byte_fallb
 UNIGRAM = train_sentencepiece(model_type="unigram", vocab_size=250)
 BYTE_LEVEL = Tokenizer.from_gguf(byte_level())
 SPM = Tokenizer.from_gguf(gguf_of("llama", SENTENCEPIECE))
+SPACED_PIECES = train_sentencepiece(model_type="bpe", vocab_size=300, split_by_whitespace=False)
+SPACED = Tokenizer.from_gguf(gguf_of("llama", SPACED_PIECES))
+UNIGRAM_TOKENIZER = Tokenizer.from_gguf(gguf_of("t5", UNIGRAM))
 
 
 @pytest.fixture(scope="module")
@@ -134,17 +137,10 @@ def test_sentencepiece_with_spaces_inside_tokens_equals_sentencepiece(text: str)
     assert SPACED.encode(text) == SPACED_PIECES.encode(text)
 
 
-SPACED_PIECES = train_sentencepiece(model_type="bpe", vocab_size=300, split_by_whitespace=False)
-SPACED = Tokenizer.from_gguf(gguf_of("llama", SPACED_PIECES))
-
-
 @few
 @given(st.text(alphabet="ab no日quick", max_size=30))
 def test_unigram_equals_sentencepiece(text: str) -> None:
     assert UNIGRAM_TOKENIZER.encode(text) == UNIGRAM.encode(text)
-
-
-UNIGRAM_TOKENIZER = Tokenizer.from_gguf(gguf_of("t5", UNIGRAM, add_eos_token=True))
 
 
 @pytest.mark.parametrize("name", sorted(_BY_NAME))
@@ -164,7 +160,7 @@ def test_every_pretokenizer_compiles_and_loses_nothing(name: str) -> None:
         ("deepseek-v3", ["getUserName", "'S", " ", "123", "45", " ", "漢字", "ab", " !!\n"]),
         ("kimi-k2", ["get", "User", "Name'S", " ", "123", "45", " ", "漢字", "ab", " !!\n"]),
         ("superbpe", ["getUserName'S ", "12", "345", " 漢字ab !!\n"]),
-        ("bloom", ["getUserName'S", " 12345", " 漢字ab", " ", "!!\n"]),
+        ("bloom", ["getUserName'S", " 12345", " 漢字ab", " !!\n"]),
     ],
 )
 def test_families_of_models_split_words_their_way(name: str, words: list[str]) -> None:
@@ -211,13 +207,17 @@ def test_wordpiece_equals_the_tokenizers_library() -> None:
 
 
 @few
-@given(texts)
-def test_a_tokenizer_json_gives_the_same_ids_as_its_library(text: str) -> None:
-    assert HUB.encode(text) == TRAINED.encode(text).ids
-    assert HUB.decode(HUB.encode(text)) == text
+@given(text=texts)
+def test_a_tokenizer_json_gives_the_same_ids_as_its_library(hub: Tokenizer, text: str) -> None:
+    ids = hub.encode(text)
+    assert ids == TRAINED.encode(text).ids
+    assert hub.decode(ids) == text
 
 
-def _saved_hub(folder: Path) -> Tokenizer:
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The trained tokenizer as a Hugging Face folder, with special tokens and settings that must not cut texts."""
+    folder = tmp_path_factory.mktemp("hub")
     hub = HubTokenizer.from_str(TRAINED.to_str())
     hub.add_special_tokens(["<|bos|>", "<|eos|>"])
     hub.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", hub.token_to_id("<|bos|>"))])
@@ -228,17 +228,10 @@ def _saved_hub(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(folder)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hub(tmp_path_factory: pytest.TempPathFactory) -> None:
-    global HUB
-    HUB = _saved_hub(tmp_path_factory.mktemp("hub"))
-
-
-def test_a_hub_folder_names_its_special_tokens(tmp_path: Path) -> None:
-    tokenizer = _saved_hub(tmp_path)
-    assert tokenizer.encode("a<|eos|>", add_special=True)[::2] == [tokenizer.bos_id, tokenizer.eos_id]
-    assert tokenizer.eog_ids == {tokenizer.eos_id, 5, 6}
-    assert len(tokenizer.encode("<|eos|>")) > 1
+def test_a_hub_folder_names_its_special_tokens(hub: Tokenizer) -> None:
+    assert hub.encode("a<|eos|>", add_special=True)[::2] == [hub.bos_id, hub.eos_id]
+    assert hub.eog_ids == {hub.eos_id, 5, 6}
+    assert len(hub.encode("<|eos|>")) > 1
 
 
 def test_a_sentencepiece_tokenizer_json_decodes_like_its_library(tmp_path: Path) -> None:
@@ -326,6 +319,7 @@ def test_lone_surrogates_become_replacement_characters() -> None:
         ({"tokenizer.ggml.tokens": None}, "has no vocabulary"),
         ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "'a' stands twice"),
         ({"tokenizer.ggml.token_type": [1]}, "1 entries for"),
+        ({"tokenizer.ggml.tokens": ["\udcff"], "tokenizer.ggml.token_type": [1]}, "inconsistent"),
         ({"tokenizer.ggml.merges": ["ab"]}, "'ab' is not a pair"),
         ({"tokenizer.ggml.merges": ["nope a"]}, "inconsistent"),
         ({"tokenizer.ggml.model": "llama"}, "scores has 0 entries"),

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import signal
 import socket
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tars_jax.cli.output import human_bytes, human_time, note, table
-from tars_jax.errors import TarsError
+from tars_jax.errors import ModelNotFound, TarsError
 
 if TYPE_CHECKING:
     from api.settings import Address
@@ -31,8 +32,9 @@ def serve(
     from api.settings import Settings
 
     settings = Settings.from_environ()
-    level = logging.DEBUG if settings.debug else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("api", "tars", "tars_jax"):  # other libraries only warn
+        logging.getLogger(name).setLevel(logging.DEBUG if settings.debug else logging.INFO)
     address = settings.address
     address = dataclasses.replace(address, host=address.host if host is None else host, port=address.port if port is None else port)
     listener = listen(address)
@@ -57,7 +59,7 @@ def listen(address: "Address") -> socket.socket:
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=2048)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
         raise TarsError(f"cannot listen on {address.host}:{address.port}: {reason}") from None
 
 
@@ -81,6 +83,8 @@ def stop(model: str) -> None:
     server = _server()
     try:
         server.generate({"model": model, "keep_alive": 0})
+    except ModelNotFound:
+        raise ModelNotFound(f'couldn\'t find model "{model}" to stop') from None
     finally:
         server.close()
 

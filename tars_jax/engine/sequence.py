@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tars_jax.chat import MARKERS
 from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
 from tars_jax.tokenizer import TextStream, Tokenizer
 
@@ -70,7 +71,7 @@ class Sequence:
         self.max_tokens = room if self.params.max_tokens is None else min(self.params.max_tokens, room)
         self.seed = self.params.seed if self.params.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
         self._ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else tokenizer.eog_ids)
-        self._text = TextStream(tokenizer, continues=True)
+        self._text = TextStream(tokenizer, continues=True, keep=MARKERS)
         self._stops = StopStrings(self.params.stop)
         self.started = self.first_token = 0.0  # seconds, time.monotonic()
 

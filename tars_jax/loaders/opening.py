@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from tars_jax import compile_cache
 from tars_jax.chat import CHATML, ChatTemplate
 from tars_jax.config import models_dir
 from tars_jax.errors import ModelFileError
@@ -31,8 +32,9 @@ def load(
 
     weights: "packed" keeps quantised matrices as they are, "dense" expands them to the compute type; "auto" expands what
     takes at most a quarter of the free memory, because without a kernel XLA would expand them again on every step.
-    Raises ModelNotFound and ModelFileError.
+    Turns on the persistent compilation cache (see `compile_cache`). Raises ModelNotFound and ModelFileError.
     """
+    compile_cache.enable()
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         path = (store or Store(models_dir())).find(str(name_or_path)).model_path

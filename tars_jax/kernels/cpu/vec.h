@@ -175,9 +175,15 @@ TARS_INLINE int32_t max_of(Ints a) {
 // 16 half-width numbers, widened. The portable float16 path rebuilds the exponent by a multiplication, which also gets denormals right.
 TARS_INLINE Ints widen_u16(const void* p) {
   Ints r;
+#if defined(__AVX512F__)
+  r.part[0] = (IntPart)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  TARS_EACH_PART(i) r.part[i] = (IntPart)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + i));
+#else
   uint16_t x[kLanes];
   std::memcpy(x, p, sizeof x);
   for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = x[i];
+#endif
   return r;
 }
 TARS_INLINE Floats load_f16(const void* p) {
@@ -194,14 +200,7 @@ TARS_INLINE Floats load_f16(const void* p) {
   return as_floats(as_ints(value) | (special & splat(0x7f800000)) | sign);
 #endif
 }
-TARS_INLINE Floats load_bf16(const void* p) {
-#if defined(__AVX512F__)
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  return {{(FloatPart)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))}};
-#else
-  return as_floats(shift_left<16>(widen_u16(p)));
-#endif
-}
+TARS_INLINE Floats load_bf16(const void* p) { return as_floats(shift_left<16>(widen_u16(p))); }
 
 // float32 bits rounded to bfloat16 (to nearest, ties to even), in the low half of each lane; NaN stays NaN.
 TARS_INLINE Ints round_bf16(Floats a) {

@@ -1,0 +1,75 @@
+// The table of inner loops one instruction set provides, and the choice among them.
+#pragma once
+#include "format.h"
+
+namespace tars {
+
+struct PanelBuffers {  // where a panel's rows are written; null for the forms no weight wants
+  ActivationGroup* groups;
+  float* floats;
+  uint32_t* pairs;
+};
+
+struct Finish {  // what happens to a tile's sums before they are stored
+  Activation activation;
+  const float* bias;
+  const float* other_bias;
+  const void* residual;
+  DType residual_type;
+  void* out;
+  DType out_type;
+  int64_t outputs;  // columns of `out` and `residual`
+};
+
+// Attention of queries [first, first + count) of one row and one KV head to cached tokens [begin, end).
+struct AttentionTask {
+  const void* q;  // [T, heads, head_dim]
+  DType q_type;
+  const void* k_pages;  // [N, kv_heads, page, head_dim]
+  const void* v_pages;
+  DType cache_type;
+  const int32_t* table;  // the row's pages
+  int64_t heads, kv_heads, head_dim, page;
+  int64_t kv_head, first, count;
+  int64_t position;  // of query `first`
+  int64_t begin, end;
+  int64_t window;
+  float scale, softcap;
+  void* out;        // [T, heads, head_dim] of q_type, or null when partial
+  float* partial;   // per (query, head of the group): maximum, total, then head_dim unnormalised values
+  float* scratch;   // attention_scratch() floats
+};
+
+struct RotateTask {
+  const void* in;  // [T, heads, head_dim]
+  DType type;
+  int64_t heads, head_dim, half;  // half: rotated pairs per head; 0: no rotation
+  const float* cos;               // [T, half]
+  const float* sin;
+  const float* norm;  // [head_dim], or null
+  float eps;
+};
+
+struct Kernels {
+  const char* name;
+  bool (*native_pairs)();  // whether bfloat16 pairs have an instruction
+  using DotTile = void (*)(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out);
+  DotTile (*pick_dot)(const Format& w, bool pairs);
+  void (*read_row)(const void* x, DType type, int64_t inputs, const float* norm, float eps, float* out);
+  void (*fill_panel)(const float* x, int64_t inputs, int row, const PanelBuffers& out);
+  void (*finish_tile)(const Finish& f, const float* sums, const float* other, int rows, int lanes, int64_t row, int64_t column);
+  void (*attend)(const AttentionTask& task);
+  void (*merge)(const float* partials, int64_t parts, int64_t stride, int64_t head_dim, void* out, DType type);
+  void (*rotate)(const RotateTask& task, int64_t token, int64_t head, void* out, DType out_type);
+};
+
+const Kernels& portable_kernels();
+const Kernels* avx2_kernels();    // null when this build or processor has none
+const Kernels* avx512_kernels();
+
+const Kernels& kernels();  // the best of them, or what TARS_CPU_ISA forces
+
+// Floats of scratch an AttentionTask needs.
+int64_t attention_scratch(int64_t query_rows, int64_t head_dim);
+
+}  // namespace tars
