@@ -65,8 +65,13 @@ def _closed(schema: Any) -> Any:
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    literal = ("allOf", "const", "enum", "default", "examples")
-    closed = {key: value if key in literal else _closed(value) for key, value in schema.items()}
+    closed = dict(schema)
+    for key in ("items", "prefixItems", "anyOf", "oneOf"):
+        if key in schema:
+            closed[key] = _closed(schema[key])
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(schema.get(key), dict):
+            closed[key] = {name: _closed(part) for name, part in schema[key].items()}
     is_object = isinstance(schema.get("properties"), dict) and schema.get("type", "object") == "object"
     if is_object and not {"additionalProperties", "patternProperties", "allOf", "$ref"} & schema.keys():
         closed["additionalProperties"] = False

@@ -19,6 +19,9 @@ class Letters:
     eog_ids = control_ids = frozenset({0})
     strips_space = False
 
+    def token_id(self, text: str) -> None:
+        return None
+
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 

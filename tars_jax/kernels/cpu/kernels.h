@@ -21,7 +21,10 @@ struct Finish {  // what happens to a tile's sums before they are stored
   int64_t outputs;  // columns of `out` and `residual`
 };
 
-// Attention of queries [first, first + count) of one row and one KV head to cached tokens [begin, end).
+constexpr int kQueryRows = 32;    // (query, head) pairs of an attention task: two vectors of lanes
+constexpr int kChunkTokens = 32;  // cached tokens per softmax update of such a task; its scratch then fits the first-level cache
+
+// Attention of queries [first, first + count) of one row, heads [head, head + group), to cached tokens [begin, end) of one KV head.
 struct AttentionTask {
   const void* q;  // [T, heads, head_dim]
   DType q_type;
@@ -30,14 +33,14 @@ struct AttentionTask {
   DType cache_type;
   const int32_t* table;  // the row's pages
   int64_t heads, kv_heads, head_dim, page;
-  int64_t kv_head, first, count;
+  int64_t kv_head, head, group;
+  int64_t first, count;
   int64_t position;  // of query `first`
   int64_t begin, end;
   int64_t window;
   float scale, softcap;
-  void* out;        // [T, heads, head_dim] of q_type, or null when partial
-  float* partial;   // per (query, head of the group): maximum, total, then head_dim unnormalised values
-  float* scratch;   // attention_scratch() floats
+  void* out;       // [T, heads, head_dim] of q_type
+  float* partial;  // not null: part of a query's tokens; per head of the group: maximum, total, head_dim unnormalised values
 };
 
 struct RotateTask {
@@ -58,8 +61,8 @@ struct Kernels {
   void (*read_row)(const void* x, DType type, int64_t inputs, const float* norm, float eps, float* out);
   void (*fill_panel)(const float* x, int64_t inputs, int row, const PanelBuffers& out);
   void (*finish_tile)(const Finish& f, const float* sums, const float* other, int rows, int lanes, int64_t row, int64_t column);
-  void (*attend)(const AttentionTask& task);
-  void (*merge)(const float* partials, int64_t parts, int64_t stride, int64_t head_dim, void* out, DType type);
+  void (*attend)(const AttentionTask& task, float* scratch);  // attention_scratch(head_dim) floats
+  void (*merge)(const AttentionTask& task, int64_t parts);  // of the first part's task; the others' partials follow
   void (*rotate)(const RotateTask& task, int64_t token, int64_t head, void* out, DType out_type);
 };
 
@@ -69,7 +72,11 @@ const Kernels* avx512_kernels();
 
 const Kernels& kernels();  // the best of them, or what TARS_CPU_ISA forces
 
-// Floats of scratch an AttentionTask needs.
-int64_t attention_scratch(int64_t query_rows, int64_t head_dim);
+// Floats of scratch an AttentionTask needs: queries, keys or values, scores, result, and three numbers a lane.
+inline int64_t attention_scratch(int64_t head_dim) {
+  const int64_t padded = ceil_div(head_dim, kLanes) * kLanes;
+  return (2 * padded + 3) * kQueryRows + kChunkTokens * (padded + kQueryRows);
+}
+inline int64_t partial_floats(int64_t head_dim) { return head_dim + 2; }
 
 }  // namespace tars
