@@ -10,31 +10,22 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from api.durations import nanoseconds, timestamp
 from api.models import Loaded, Models
 from api.options import Options, check_top_logprobs, merge_options
+from api.outputs import outputs
 from api.prompts import Prompt, chat_prompt, generate_prompt
 from api.schema import ChatRequest, GenerateRequest, grammar
 from api.splitting import Piece, Splitter
 from tars_jax.chat import ToolCall
-from tars_jax.config import SamplingParams
-from tars_jax.engine.request import Output, Request, TokenLogprob, Usage
-from tars_jax.errors import InvalidRequest, ModelNotFound, TarsError
-
-if TYPE_CHECKING:
-    from tars_jax.engine.engine import Engine
+from tars_jax.engine.request import Output, TokenLogprob, Usage
+from tars_jax.errors import InvalidRequest, ModelNotFound
 
 Chunk = dict[str, Any]
 AnyRequest = GenerateRequest | ChatRequest
 R = TypeVar("R", GenerateRequest, ChatRequest)
-
-
-class CancelledByEngineError(TarsError):
-    """The engine was closed under a request."""
-
-    status = 499
 
 
 async def generate_chunks(models: Models, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
@@ -193,45 +184,3 @@ def _usage(usage: Usage) -> dict[str, int]:
         "eval_count": usage.output_tokens,
         "eval_duration": nanoseconds(usage.decode_seconds),
     }
-
-
-async def outputs(models: Models, loaded: Loaded, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[Output, None]:
-    """The engine's outputs for a prompt; closing the generator cancels the request.
-
-    Raises:
-        ContextOverflow, InvalidRequest, ServerBusy: the engine refuses it.
-        TarsError: the engine failed.
-    """
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Output]()
-    recorder = models.telemetry.recorder(loaded.name)
-
-    def sink(output: Output) -> None:
-        recorder.output(output)
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-            loop.call_soon_threadsafe(queue.put_nowait, output)
-
-    request = Request(next(models.request_ids), prompt.ids, params, sink)
-    engine = loaded.engine
-    # In a thread: compiling a grammar takes its time. Shielded: a request must not slip in after it was cancelled.
-    submitted = asyncio.ensure_future(asyncio.to_thread(engine.submit, request))
-    try:
-        await asyncio.shield(submitted)
-        while True:
-            output = await queue.get()
-            if output.finish_reason == "error":
-                raise TarsError(output.error or "the engine failed")
-            if output.finish_reason == "cancelled":
-                raise CancelledByEngineError("request canceled")
-            yield output
-            if output.finish_reason is not None:
-                return
-    finally:
-        if submitted.done():
-            engine.cancel(request.id)  # no effect on one that has ended
-        else:
-            submitted.add_done_callback(lambda task: _cancel(task, engine, request.id))
-
-
-def _cancel(submitted: "asyncio.Task[None]", engine: "Engine", request_id: int) -> None:
-    if submitted.exception() is None:
-        engine.cancel(request_id)

@@ -10,7 +10,7 @@ from typing import Any
 from api.durations import expiry, timestamp
 from api.models import Loaded, Models
 from api.prompts import template_source
-from tars_jax.chat import capabilities
+from tars_jax.chat import CHATML, capabilities
 from tars_jax.errors import InvalidRequest, ModelNotFound
 from tars_jax.store import ModelName, Store, StoredModel
 
@@ -82,7 +82,7 @@ def show(store: Store, name: str, *, verbose: bool = False, system: str = "") ->
     """
     stored = _find(store, name)
     metadata, tensors = _read_file(stored.model_path)
-    template = template_source(stored.template, str(metadata.get("tokenizer.chat_template") or ""))
+    template = template_source(stored.template, str(metadata.get("tokenizer.chat_template") or CHATML))
     answer = {
         "license": stored.license,
         "modelfile": modelfile(stored, template, system or stored.system),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from api.models import Loaded
-from api.schema import ChatRequest, GenerateRequest, Think
+from api.schema import ChatRequest, GenerateRequest, Think, grammar
 from tars_jax.chat import ChatTemplate, capabilities
 from tars_jax.errors import ContextOverflow, InvalidRequest
 
@@ -28,7 +28,7 @@ class Prompt:
     @property
     def opens_thinking(self) -> bool:
         """Whether the template wrote the opening tag itself."""
-        return self.text.rstrip().endswith("<think>")
+        return self.splits_thinking and self.text.rstrip().endswith("<think>")
 
 
 def is_go_template(source: str) -> bool:
@@ -65,7 +65,7 @@ def generate_prompt(loaded: Loaded, request: GenerateRequest) -> Prompt:
     if request.context is None:
         turns += loaded.stored.messages
     turns.append({"role": "user", "content": request.prompt})
-    text = template.render(turns, **_variables(template, request.think))
+    text = _open_trace(template.render(turns, **_variables(template, request.think)), template, request)
     ids = _encode(loaded, text)
     if request.context:
         ids = (*request.context, *ids)
@@ -82,7 +82,7 @@ def chat_prompt(loaded: Loaded, request: ChatRequest) -> Prompt:
     variables = _variables(template, request.think)
 
     def render(turns: Sequence[Turn]) -> tuple[str, tuple[int, ...]]:
-        text = template.render(turns, tools=list(request.tools) or None, **variables)
+        text = _open_trace(template.render(turns, tools=list(request.tools) or None, **variables), template, request)
         return text, _encode(loaded, text)
 
     turns = [*loaded.stored.messages, *(message.as_dict() for message in request.messages)]
@@ -132,6 +132,14 @@ def _variables(template: ChatTemplate, think: Think) -> dict[str, Any]:
     enabled = think is None or bool(think)
     level = {"reasoning_effort": think} if isinstance(think, str) else {}
     return {"enable_thinking": enabled, "thinking": enabled, **level}
+
+
+def _open_trace(text: str, template: ChatTemplate, request: GenerateRequest | ChatRequest) -> str:
+    """The prompt of a constrained answer begins the trace itself, so that it is known where the free part ends."""
+    thinks = request.think is not False and "thinking" in capabilities(template.source)
+    if not thinks or grammar(request.format) is None or text.rstrip().endswith("<think>"):
+        return text
+    return text + "<think>\n"
 
 
 def _encode(loaded: Loaded, text: str) -> tuple[int, ...]:

@@ -240,6 +240,16 @@ def test_think_false_reaches_the_template(store: Store) -> None:
     assert "</think>" in server.prompts()[0]
 
 
+def test_a_grammar_holds_only_after_the_thinking(store: Store) -> None:
+    server = with_model(store, template=THINK_TEMPLATE, answer="hm </think> well")
+    answer = server.chat(messages=WORDS, format="json", options={"num_predict": 9})
+    free, held = server.loader.engines[0].requests
+    assert (free.params.grammar, free.params.stop, held.params.grammar) == (None, ("</think>",), "json")
+    assert server.prompts() == ["hi<think>\n", "hi<think>\nhm </think>"]
+    assert answer["message"]["thinking"].strip() == "hm"
+    assert answer["eval_count"] == 1 + 3  # the fake says the whole of its text again
+
+
 # errors
 
 

@@ -1,6 +1,7 @@
 """Where ``tars run`` finds its model: in a running server, or in this process. Both give the same Ollama-shaped chunks."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,23 +60,27 @@ class ServerBackend:
 
     def generate(self, body: Mapping[str, Any]) -> Chunk:
         """The answer of a generate request that is not streamed."""
-        return _checked(self._client.post("/api/generate", json=body))
+        return self._request("POST", "/api/generate", body)
 
     def show(self, model: str) -> Chunk:
-        return _checked(self._client.post("/api/show", json={"model": model}))
+        return self._request("POST", "/api/show", {"model": model})
 
     def running(self) -> list[Chunk]:
         """The models in memory."""
-        return list(_checked(self._client.get("/api/ps"))["models"])
+        return list(self._request("GET", "/api/ps")["models"])
 
     def names(self) -> list[str]:
-        return [model["name"] for model in _checked(self._client.get("/api/tags"))["models"]]
+        return [model["name"] for model in self._request("GET", "/api/tags")["models"]]
 
     def close(self) -> None:
         self._client.close()
 
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Chunk:
+        with _server_errors():
+            return _checked(self._client.request(method, path, json=body))
+
     def _stream(self, path: str, body: Mapping[str, Any]) -> Generator[Chunk, None, None]:
-        with self._client.stream("POST", path, json=body) as response:
+        with _server_errors(), self._client.stream("POST", path, json=body) as response:
             if response.is_error:
                 response.read()
                 _checked(response)
@@ -87,10 +92,24 @@ class ServerBackend:
 
 
 def _checked(response: "httpx.Response") -> Chunk:
-    answer: Chunk = response.json()
+    try:
+        answer: Chunk = response.json()
+    except ValueError:
+        raise TarsError(f"the server answers {response.status_code} {response.reason_phrase}") from None
     if response.is_error:
         raise (ModelNotFound if response.status_code == 404 else TarsError)(answer.get("error", response.text))
     return answer
+
+
+@contextlib.contextmanager
+def _server_errors() -> Iterator[None]:
+    """A server that dies or hangs up is an expected error."""
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise TarsError(f"the connection to the server is lost: {error}") from None
 
 
 def find_server(settings: "Settings") -> ServerBackend | None:

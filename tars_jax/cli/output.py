@@ -44,7 +44,7 @@ def human_duration(nanoseconds: int) -> str:
         if seconds >= unit or name == "µs":
             minutes, rest = divmod(seconds, 60)
             shown = rest if name == "s" and minutes else seconds / unit
-            return (f"{int(minutes)}m" if name == "s" and minutes else "") + f"{shown:.9g}{name}"
+            return (f"{int(minutes)}m" if name == "s" and minutes else "") + f"{shown:.12g}{name}"
     raise AssertionError("microseconds take all that is left")
 
 

@@ -41,12 +41,13 @@ def serve(
     address = dataclasses.replace(address, port=listener.getsockname()[1])
     app = create_app(dataclasses.replace(settings, address=address))
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE)
-    note(f"TARS listens on {address.url} (models in {settings.models})")
-    # uvicorn shuts down on the signal and then raises it again for whoever was there before: nobody, it was all it had to do.
+    server = uvicorn.Server(config)
+    # For a signal before uvicorn has its own handlers, and for the one it raises again when it has shut down.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    note(f"TARS listens on {address.url} (models in {settings.models})")
     with listener:
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 def listen(address: "Address") -> socket.socket:

@@ -65,7 +65,7 @@ TARS_INLINE void score_block(const float* queries, const float* keys, int64_t di
   for (int64_t d = 0; d < dim; ++d) {
     Floats q[kVectors];
     for (int v = 0; v < kVectors; ++v) q[v] = load(queries + d * kQueryRows + v * kLanes);
-    _Pragma("GCC unroll 8") for (int i = 0; i < kBlock; ++i) {
+    TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
       Floats k = splat(keys[i * stride + d]);
       for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(q[v], k, acc[i][v]);
     }
@@ -82,7 +82,7 @@ TARS_INLINE void value_block(const float* weights, const float* chunk, int token
   for (int s = 0; s < tokens; ++s) {
     Floats w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = load(weights + s * kQueryRows + v * kLanes);
-    _Pragma("GCC unroll 8") for (int i = 0; i < kBlock; ++i) {
+    TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
       Floats x = splat(chunk[s * stride + i]);
       for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(w[v], x, acc[i][v]);
     }

@@ -65,17 +65,17 @@ struct QuantizedBlock {
 
   template <int kRows>
   TARS_INLINE void dot_codes(const uint8_t* codes, int half, const ActivationGroup* x, Ints* acc) {
-    _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) acc[r] = start(x[r], half);
-    _Pragma("GCC unroll 8") for (int i = 0; i < kVectors; ++i) {
+    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = start(x[r], half);
+    TARS_UNROLL for (int i = 0; i < kVectors; ++i) {
       const int v = half * kVectors + i;
       Ints c = load_ints(codes + 64 * v);
       if constexpr (kBits == 8) {
-        _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) acc[r] = dot4<true>(acc[r], c, x[r].codes + kQuad * v);
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = dot4<true>(acc[r], c, x[r].codes + kQuad * v);
       } else {
         Ints low = c & splat(0x0f0f0f0f), high = shift_right<4>(c) & splat(0x0f0f0f0f);
         const int at = kQuad * low_quad(kWeightGroup, v), then = kQuad * high_quad(kWeightGroup, v);
-        _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) acc[r] = dot4<false>(acc[r], low, x[r].codes + at);
-        _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) acc[r] = dot4<false>(acc[r], high, x[r].codes + then);
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = dot4<false>(acc[r], low, x[r].codes + at);
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = dot4<false>(acc[r], high, x[r].codes + then);
       }
     }
   }
@@ -89,15 +89,15 @@ struct QuantizedBlock {
 
   template <int kRows>
   TARS_INLINE void add_block(const uint8_t* block, const ActivationGroup* x, Floats* total) {
-    _Pragma("GCC unroll 2") for (int half = 0; half < kHalves; ++half) {
+    TARS_UNROLL for (int half = 0; half < kHalves; ++half) {
       Ints acc[kRows];
       dot_codes<kRows>(block, half, x, acc);
       const uint8_t* scales = block + kCodeBytes + half * kScaleBytes;
       Floats scale = load_scales<kType>(scales);
-      _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) total[r] = fma(to_floats(acc[r]) * splat(x[r].scale), scale, total[r]);
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) total[r] = fma(to_floats(acc[r]) * splat(x[r].scale), scale, total[r]);
       if constexpr (kAffine) {
         Floats min = load_scales<kType>(scales + kHalves * kScaleBytes);
-        _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) total[r] = fma(splat(group_sum(x[r], half)), min, total[r]);
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) total[r] = fma(splat(group_sum(x[r], half)), min, total[r]);
       }
     }
   }
@@ -136,8 +136,8 @@ struct DenseBlock {
         w0 = load_as(kType, tile);
         w1 = load_as(kType, tile + kBytes / 2);
       }
-      _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) even[r] = fma(w0, splat(x[r]), even[r]);
-      _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) odd[r] = fma(w1, splat(x[kPanel + r]), odd[r]);
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) even[r] = fma(w0, splat(x[r]), even[r]);
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) odd[r] = fma(w1, splat(x[kPanel + r]), odd[r]);
     }
     for (int r = 0; r < kRows; ++r) store(out + r * kLanes, even[r] + odd[r]);
   }
@@ -152,7 +152,7 @@ __attribute__((target("avx512bf16"))) static void bf16_rows(const uint8_t* tile,
   for (int64_t b = 0; b + 2 <= blocks; b += 2, tile += 128, x += 2 * kPanel) {
     __builtin_prefetch(tile + 2048);
     __m512bh w0 = (__m512bh)_mm512_loadu_si512(tile), w1 = (__m512bh)_mm512_loadu_si512(tile + 64);
-    _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) {
+    TARS_UNROLL for (int r = 0; r < kRows; ++r) {
       total[r][0] = _mm512_dpbf16_ps(total[r][0], w0, (__m512bh)_mm512_set1_epi32(x[r]));
       total[r][1] = _mm512_dpbf16_ps(total[r][1], w1, (__m512bh)_mm512_set1_epi32(x[kPanel + r]));
     }
@@ -165,7 +165,7 @@ __attribute__((target("avx512bf16"))) static void bf16_rows(const uint8_t* tile,
 #endif
 
 // Runs `rows` over 0..8 rows of a panel in the row blocks that are compiled: 8, 4, 2, 1.
-#define TARS_ROW_BLOCKS(function, x_step)                                              \
+#define TARS_ROW_BLOCKS(function)                                                      \
   int r = 0;                                                                           \
   if (kRowBlock == 8 && rows == 8) {                                                   \
     function<kRowBlock>(tile, blocks, x, out);                                         \
@@ -186,19 +186,19 @@ template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 static void dot_quantized(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
   using Block = QuantizedBlock<kBits, kWeightGroup, kAffine, kType>;
   const ActivationGroup* x = panel.groups;
-  TARS_ROW_BLOCKS(Block::template rows, 1)
+  TARS_ROW_BLOCKS(Block::template rows)
 }
 
 template <DType kType>
 static void dot_dense(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
   const float* x = panel.floats;
-  TARS_ROW_BLOCKS(DenseBlock<kType>::template rows, 1)
+  TARS_ROW_BLOCKS(DenseBlock<kType>::template rows)
 }
 
 #if defined(__AVX512F__)
 static void dot_bf16(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
   const uint32_t* x = panel.pairs;
-  TARS_ROW_BLOCKS(bf16_rows, 1)
+  TARS_ROW_BLOCKS(bf16_rows)
 }
 #endif
 
@@ -209,7 +209,7 @@ static DotTile pick_quantized(const Format& w) {
   return w.dtype == DType::kF16 ? dot_quantized<kBits, kWeightGroup, false, DType::kF16> : dot_quantized<kBits, kWeightGroup, false, DType::kF32>;
 }
 
-static DotTile pick_dot(const Format& w, bool pairs) {
+static DotTile pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
   if (w.quantized()) {
     if (w.bits == 4) return w.group == 32 ? pick_quantized<4, 32>(w) : pick_quantized<4, 16>(w);
     return w.group == 32 ? pick_quantized<8, 32>(w) : pick_quantized<8, 16>(w);

@@ -1,0 +1,37 @@
+"""``tars bench``: speed, start-up and memory of a model on this machine."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from tars_jax.cli.output import note
+from tars_jax.errors import InvalidRequest
+
+
+def bench(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model, by name or path.")],
+    prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt whose prefill is timed.")] = 512,
+    new: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens generated per stream.")] = 64,
+    batches: Annotated[str, typer.Option("-b", "--batch", help="Streams decoded at once; several separated by commas.")] = "1,16",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Timed repetitions of each.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure prefill, decode, start-up and memory."""
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError:
+        raise InvalidRequest(f"-b takes numbers separated by commas, got {batches!r}") from None
+    if min(prompt, new - 1, repetitions, *sizes) < 1:
+        raise InvalidRequest("bench needs at least 1 prompt token, 2 new tokens, 1 stream and 1 repetition")
+    from tars_jax.bench import measure
+    from tars_jax.loaders.opening import load
+
+    report = measure(load(model), prompt_tokens=prompt, new_tokens=new, batches=sizes, repetitions=repetitions, progress=note)
+    if as_json:
+        print(json.dumps(report.as_json()))
+        return
+    for label, rate in [(f"prefill {prompt}", report.prefill), *((f"decode x{size}", rate) for size, rate in report.decode.items())]:
+        print(f"{label:<14}{rate.median:>10.1f} ± {rate.spread:.1f} tokens/s")
+    print(f"{'start-up':<14}{report.startup_seconds:>10.2f} s to the first token, warm compilation cache")
+    print(f"{'memory':<14}{report.peak_rss_mb:>10.0f} MB at most")

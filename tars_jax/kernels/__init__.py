@@ -1,0 +1,25 @@
+"""Kernels for the CPU: C++ behind XLA custom calls, over weights packed in tiles.
+
+They are optional. Where `available` is False (no C++ compiler and no prebuilt library), the plain functions in ops.py and
+attention.py do the same, slower.
+"""
+
+from tars_jax.kernels.calls import attention, gated, linear_add, norm_linear, rope_write
+from tars_jax.kernels.library import available, isa, unavailable_reason
+from tars_jax.kernels.tiled import Tiled, can_pack, pack_tiles, take_rows, untile
+
+__all__ = [
+    "Tiled",
+    "attention",
+    "available",
+    "can_pack",
+    "gated",
+    "isa",
+    "linear_add",
+    "norm_linear",
+    "pack_tiles",
+    "rope_write",
+    "take_rows",
+    "unavailable_reason",
+    "untile",
+]

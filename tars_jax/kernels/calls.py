@@ -1,0 +1,127 @@
+"""The kernels as jax functions. Each is one custom call; what it computes stands beside it in plain operations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tars_jax.cache import RaggedBatch
+from tars_jax.config import Activation
+from tars_jax.kernels import library
+from tars_jax.kernels.tiled import Tiled
+
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+
+
+def norm_linear(
+    x: jax.Array,
+    norm: jax.Array | None,
+    eps: float,
+    weights: Sequence[Tiled],
+    biases: Sequence[jax.Array | None] | None = None,
+    *,
+    activation: Activation | None = None,
+    out_dtype: Any = None,
+) -> tuple[jax.Array, ...]:
+    """``activate(rms_norm(x, norm, eps) @ w.T + bias)`` for several weights [O_i, K]: [T, K] -> [T, O_i] each.
+
+    Without ``norm`` x is used as it is. ``out_dtype``: x's if not given.
+    """
+    results = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype or x.dtype) for w in weights]
+    biases = biases or [None] * len(weights)
+    return tuple(_product(results, x, norm, eps, weights, biases, None, activation=activation))
+
+
+def linear_add(x: jax.Array, w: Tiled, bias: jax.Array | None, residual: jax.Array) -> jax.Array:
+    """``residual + x @ w.T + bias``: [T, K], [T, O] -> [T, O] in the residual's dtype."""
+    result = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+    out: jax.Array = _product([result], x, None, 0.0, [w], [bias], residual)[0]
+    return out
+
+
+def gated(
+    x: jax.Array,
+    norm: jax.Array | None,
+    eps: float,
+    gate: Tiled,
+    up: Tiled,
+    activation: Activation,
+    gate_bias: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
+) -> jax.Array:
+    """``activate(n @ gate.T + gate_bias) * (n @ up.T + up_bias)`` where n is x, RMS-normalised if ``norm`` is given: [T, F]."""
+    result = jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)
+    biases = [gate_bias, up_bias]
+    out: jax.Array = _product([result], x, norm, eps, [gate, up], biases, None, activation=activation, gated=True)[0]
+    return out
+
+
+def rope_write(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    slots: tuple[jax.Array, jax.Array],
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    eps: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norm (if given) and rotate heads of q [T, H, hd] and k [T, KH, hd], and put k and v into pages [N, KH, page, hd], in place.
+
+    rotation: cos and sin of `ops.rope_table`, None for none. slots: of `cache.write_slots`; tokens of page 0 are dropped.
+    Returns q, k_pages, v_pages.
+    """
+    library.get()
+    cos, sin = rotation or (None, None)
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k_pages, v_pages)]
+    call = jax.ffi.ffi_call("tars_rope_write", results, input_output_aliases={9: 1, 10: 2}, vmap_method="sequential")
+    norms = _optional(q_norm), _optional(k_norm)
+    out = call(q, k, v, _optional(cos), _optional(sin), *norms, *slots, k_pages, v_pages, eps=np.float32(eps))
+    return out[0], out[1], out[2]
+
+
+def attention(
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: RaggedBatch, *, scale: float, window: int = 0, softcap: float = 0.0
+) -> jax.Array:
+    """`attention.ragged_attention`; with ``softcap`` scores become ``softcap * tanh(score / softcap)`` (Gemma 2)."""
+    library.get()
+    call = jax.ffi.ffi_call("tars_attention", jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
+    attributes = {"scale": np.float32(scale), "softcap": np.float32(softcap), "window": np.int64(window)}
+    out: jax.Array = call(q, k_pages, v_pages, batch.query_starts, batch.kv_lengths, batch.page_tables, **attributes)
+    return out
+
+
+def _product(
+    results: list[jax.ShapeDtypeStruct],
+    x: jax.Array,
+    norm: jax.Array | None,
+    eps: float,
+    weights: Sequence[Tiled],
+    biases: Sequence[jax.Array | None],
+    residual: jax.Array | None,
+    *,
+    activation: Activation | None = None,
+    gated: bool = False,
+) -> Sequence[jax.Array]:
+    library.get()
+    operands = [array for w, bias in zip(weights, biases, strict=True) for array in (w.data, _optional(bias))]
+    attributes = {
+        "formats": np.array([w.format for w in weights], np.int64).reshape(-1),
+        "eps": np.float32(eps),
+        "activation": np.int64(ACTIVATIONS[activation]),
+        "gated": np.int64(gated),
+    }
+    extra = jnp.zeros(0, x.dtype) if residual is None else residual
+    call = jax.ffi.ffi_call("tars_product", results, vmap_method="sequential")
+    out: Sequence[jax.Array] = call(x, _optional(norm), extra, *operands, **attributes)
+    return out
+
+
+def _optional(x: jax.Array | None) -> jax.Array:
+    """An absent array is passed as an empty one; norms, biases and rotations are float32 in the kernels."""
+    return jnp.zeros(0, jnp.float32) if x is None else x.astype(jnp.float32)

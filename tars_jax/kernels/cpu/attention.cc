@@ -1,0 +1,115 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace tars {
+namespace {
+
+constexpr int64_t kPartTokens = 128;  // of a single query's cached tokens; fixed, so that a row's result does not depend on the batch
+constexpr int64_t kWorthSharing = 150'000;  // multiply-adds that take about as long as waking a thread
+constexpr int64_t kTokensPerTask = 16;      // of a rope_write
+
+struct Plan {
+  std::vector<AttentionTask> tasks;
+  std::vector<std::pair<size_t, int64_t>> merges;  // first task of a split query, and its parts
+  int64_t macs = 0;
+  int64_t partials = 0;  // floats
+};
+
+void add_query(Plan& plan, AttentionTask task) {
+  const int64_t parts = ceil_div(task.end - task.begin, kPartTokens), first = task.begin, end = task.end;
+  if (parts <= 1) return plan.tasks.push_back(task);
+  plan.merges.emplace_back(plan.tasks.size(), parts);
+  for (int64_t i = 0; i < parts; ++i) {
+    task.begin = first + i * kPartTokens;
+    task.end = std::min(task.begin + kPartTokens, end);
+    // An offset for now: the memory is allocated when its size is known. Never null, because null means whole.
+    task.partial = reinterpret_cast<float*>((plan.partials + 1) * sizeof(float));
+    plan.partials += task.group * partial_floats(task.head_dim);
+    plan.tasks.push_back(task);
+  }
+}
+
+// Tasks of `count` queries from `offset` of a row, for every KV head.
+void add_block(Plan& plan, AttentionTask task, int64_t begin, int64_t offset, int64_t cached) {
+  task.first = begin + offset;
+  task.position = cached + offset;
+  task.end = task.position + task.count;
+  task.begin = task.window ? std::max<int64_t>(task.position - task.window + 1, 0) : 0;
+  const int64_t group = task.heads / task.kv_heads;
+  plan.macs += (task.end - task.begin) * task.count * task.heads * task.head_dim * 2;
+  for (task.kv_head = 0; task.kv_head < task.kv_heads; ++task.kv_head) {
+    for (int64_t at = 0; at < group; at += kQueryRows) {  // of more heads than lanes, some at a time
+      task.head = task.kv_head * group + at;
+      task.group = std::min<int64_t>(group - at, kQueryRows);
+      if (task.count == 1) add_query(plan, task);
+      else plan.tasks.push_back(task);
+    }
+  }
+}
+
+void plan_row(Plan& plan, const Attention& a, int64_t row) {
+  const int64_t begin = a.query_starts[row], length = a.query_starts[row + 1] - begin, cached = a.kv_lengths[row] - length;
+  AttentionTask task = a.base;
+  task.table = a.page_tables + row * a.table_width;
+  const int64_t group = std::min<int64_t>(task.heads / task.kv_heads, kQueryRows);
+  const int64_t block = length == 1 ? 1 : kQueryRows / group;
+  for (int64_t offset = (length - 1) / block * block; offset >= 0; offset -= block) {  // the longest first
+    task.count = std::min(block, length - offset);
+    add_block(plan, task, begin, offset, cached);
+  }
+}
+
+void clear_padding(const Attention& a) {
+  const int64_t size = a.base.heads * a.base.head_dim * size_of(a.base.q_type);
+  const int64_t used = a.rows ? a.query_starts[a.rows] : 0;
+  std::memset(static_cast<char*>(a.base.out) + used * size, 0, (a.tokens - used) * size);
+}
+
+}  // namespace
+
+void run_attention(Pool& pool, const Attention& a) {
+  static thread_local Plan plan;
+  plan.tasks.clear();
+  plan.merges.clear();
+  plan.macs = plan.partials = 0;
+  for (int64_t row = 0; row < a.rows; ++row) plan_row(plan, a, row);
+  clear_padding(a);
+  static thread_local Scratch partials;
+  char* base = static_cast<char*>(partials.get((plan.partials + 16) * sizeof(float)));
+  for (AttentionTask& task : plan.tasks)
+    if (task.partial) task.partial = reinterpret_cast<float*>(base + reinterpret_cast<uintptr_t>(task.partial));
+  const Kernels& k = kernels();
+  const Plan& shared = plan;  // the thread's own: helpers must see the caller's
+  const int64_t count = static_cast<int64_t>(plan.tasks.size()), merges = static_cast<int64_t>(plan.merges.size());
+  const int64_t scratch_bytes = attention_scratch(a.base.head_dim) * sizeof(float);
+  parallel(pool, plan.macs > kWorthSharing ? pool.threads() : 1, count + merges, count, [&](int64_t i) {
+    static thread_local Scratch scratch;
+    if (i < count) return k.attend(shared.tasks[i], static_cast<float*>(scratch.get(scratch_bytes)));
+    const auto [first, parts] = shared.merges[i - count];
+    k.merge(shared.tasks[first], parts);
+  });
+}
+
+void run_rope_write(Pool& pool, const RopeWrite& w) {
+  const Kernels& k = kernels();
+  const int64_t dim = w.q.head_dim, row = dim * size_of(w.cache_type);
+  auto write_token = [&](int64_t t) {
+    for (int64_t h = 0; h < w.q.heads; ++h) k.rotate(w.q, t, h, static_cast<char*>(w.q_out) + (t * w.q.heads + h) * dim * size_of(w.q_type), w.q_type);
+    if (w.slot_pages[t] == 0) return;  // padding; several threads would write the same place
+    for (int64_t h = 0; h < w.k.heads; ++h) {
+      const int64_t at = ((w.slot_pages[t] * w.k.heads + h) * w.page + w.slot_offsets[t]) * row;
+      k.rotate(w.k, t, h, static_cast<char*>(w.k_pages) + at, w.cache_type);
+      k.rotate(w.v, t, h, static_cast<char*>(w.v_pages) + at, w.cache_type);
+    }
+  };
+  const int64_t tasks = ceil_div(w.tokens, kTokensPerTask);
+  parallel(pool, w.tokens > 2 * kTokensPerTask ? pool.threads() : 1, tasks, 0, [&](int64_t task) {
+    const int64_t end = std::min((task + 1) * kTokensPerTask, w.tokens);
+    for (int64_t t = task * kTokensPerTask; t < end; ++t) write_token(t);
+  });
+}
+
+}  // namespace tars

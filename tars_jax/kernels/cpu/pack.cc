@@ -1,0 +1,144 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace tars {
+namespace {
+
+constexpr uint32_t kOffset128 = 0x80808080;
+
+// The numbers of one weight group (scales or minima), or nothing where the padding begins.
+void pack_scales(const Format& f, const uint8_t* source, int64_t first_row, int64_t rows, int64_t block, uint8_t* out) {
+  const int64_t size = size_of(f.dtype), halves = kGroup / f.group, row_groups = f.inputs / f.group;
+  for (int64_t half = 0; half < halves; ++half) {
+    const int64_t group = block * halves + half;
+    if (group >= row_groups) break;
+    for (int64_t o = 0; o < rows; ++o)
+      std::memcpy(out + (half * kLanes + o) * size, source + ((first_row + o) * row_groups + group) * size, size);
+  }
+}
+
+void pack_codes(const Format& f, const uint8_t* codes, int64_t first_row, int64_t rows, int64_t block, uint8_t* out) {
+  const int64_t row_bytes = f.inputs * f.bits / 8, block_bytes = kGroup * f.bits / 8;
+  const int64_t bytes = std::min(block_bytes, row_bytes - block * block_bytes);
+  for (int64_t o = 0; o < rows; ++o) {
+    const uint8_t* in = codes + (first_row + o) * row_bytes + block * block_bytes;
+    for (int64_t v = 0; v < bytes / 4; ++v) {
+      uint32_t quad;
+      std::memcpy(&quad, in + 4 * v, 4);
+      if (f.bits == 8) quad ^= kOffset128;
+      std::memcpy(out + v * 64 + o * 4, &quad, 4);
+    }
+  }
+}
+
+void pack_quantized(const Format& f, const Source& s, int64_t tile, uint8_t* out) {
+  const int64_t first = tile * kLanes, rows = std::min<int64_t>(kLanes, f.outputs - first);
+  if (rows < kLanes || f.inputs % kGroup) std::memset(out, 0, f.tile_bytes());
+  for (int64_t b = 0; b < f.blocks(); ++b, out += f.block_bytes()) {
+    pack_codes(f, s.codes, first, rows, b, out);
+    pack_scales(f, s.scales, first, rows, b, out + f.code_bytes());
+    if (f.affine) pack_scales(f, s.mins, first, rows, b, out + f.code_bytes() + f.scale_bytes());
+  }
+}
+
+// Element k of a tile's output o: bfloat16 as pairs, the others input by input.
+int64_t dense_at(const Format& f, int64_t k, int64_t o) {
+  return f.dtype == DType::kBF16 ? (k / 2 * kLanes + o) * 2 + k % 2 : k * kLanes + o;
+}
+
+template <class T>
+void pack_dense(const Format& f, const uint8_t* codes, int64_t tile, uint8_t* out) {
+  const int64_t first = tile * kLanes, rows = std::min<int64_t>(kLanes, f.outputs - first);
+  if (rows < kLanes || f.inputs % 2) std::memset(out, 0, f.tile_bytes());
+  for (int64_t at = 0; at < f.inputs; at += 64)  // 64 inputs of 16 rows at a time stay in the first-level cache
+    for (int64_t o = 0; o < rows; ++o)
+      for (int64_t k = at; k < std::min(at + 64, f.inputs); ++k)
+        std::memcpy(out + dense_at(f, k, o) * sizeof(T), codes + ((first + o) * f.inputs + k) * sizeof(T), sizeof(T));
+}
+
+float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                : exponent     ? std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25)
+                               : std::ldexp(static_cast<float>(mantissa), -24);
+  return bits & 0x8000 ? -value : value;
+}
+
+int code_at(const Format& f, const uint8_t* block, int64_t lane, int64_t k) {
+  const int64_t quad = k / kQuad;
+  if (f.bits == 8) return block[quad * 64 + lane * 4 + k % kQuad] - 128;
+  for (int v = 0; v < kGroup / 8; ++v) {
+    const uint8_t byte = block[v * 64 + lane * 4 + k % kQuad];
+    const int g = static_cast<int>(f.group);
+    if (low_quad(g, v) == quad) return (byte & 15) - (f.affine ? 0 : 8);
+    if (high_quad(g, v) == quad) return (byte >> 4) - (f.affine ? 0 : 8);
+  }
+  return 0;
+}
+
+}  // namespace
+
+float to_float(DType type, const uint8_t* p) {
+  uint16_t half;
+  float value;
+  switch (type) {
+    case DType::kF16: std::memcpy(&half, p, 2); return half_to_float(half);
+    case DType::kBF16: {
+      std::memcpy(&half, p, 2);
+      const uint32_t bits = static_cast<uint32_t>(half) << 16;
+      std::memcpy(&value, &bits, 4);
+      return value;
+    }
+    default: std::memcpy(&value, p, 4); return value;
+  }
+}
+
+void pack_tile(const Format& f, const Source& s, int64_t tile, uint8_t* out) {
+  if (f.quantized()) return pack_quantized(f, s, tile, out);
+  return f.dtype == DType::kF32 ? pack_dense<uint32_t>(f, s.codes, tile, out) : pack_dense<uint16_t>(f, s.codes, tile, out);
+}
+
+void take_row(const Format& f, const uint8_t* data, int64_t id, float* out) {
+  const uint8_t* tile = data + id / kLanes * f.tile_bytes();
+  const int64_t lane = id % kLanes, size = size_of(f.dtype);
+  if (!f.quantized()) {
+    for (int64_t k = 0; k < f.inputs; ++k) out[k] = to_float(f.dtype, tile + dense_at(f, k, lane) * size);
+    return;
+  }
+  float scale = 0.0f, min = 0.0f;
+  for (int64_t k = 0; k < f.inputs; ++k) {
+    const uint8_t* block = tile + k / kGroup * f.block_bytes();
+    if (k % f.group == 0) {
+      const uint8_t* scales = block + f.code_bytes() + (k % kGroup / f.group * kLanes + lane) * size;
+      scale = to_float(f.dtype, scales);
+      if (f.affine) min = to_float(f.dtype, scales + f.scale_bytes());
+    }
+    out[k] = static_cast<float>(code_at(f, block, lane, k % kGroup)) * scale + min;
+  }
+}
+
+}  // namespace tars
+
+// ctypes entry: packs all tiles with `threads` threads. format: bits, group, affine, dtype, outputs, inputs.
+extern "C" __attribute__((visibility("default"))) void tars_pack(const int64_t* format, const void* codes, const void* scales, const void* mins,
+                                                                   void* out, int64_t threads) {
+  const tars::Format f{format[0], format[1], format[2], static_cast<tars::DType>(format[3]), format[4], format[5]};
+  const tars::Source s{static_cast<const uint8_t*>(codes), static_cast<const uint8_t*>(scales), static_cast<const uint8_t*>(mins)};
+  constexpr int64_t kTilesPerClaim = 8;
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t first; (first = next.fetch_add(kTilesPerClaim)) < f.tiles();)
+      for (int64_t t = first; t < std::min(first + kTilesPerClaim, f.tiles()); ++t)
+        tars::pack_tile(f, s, t, static_cast<uint8_t*>(out) + t * f.tile_bytes());
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < std::min(threads, tars::ceil_div(f.tiles(), kTilesPerClaim)); ++i) others.emplace_back(work);
+  work();
+  for (std::thread& t : others) t.join();
+}

@@ -1,0 +1,20 @@
+// Repacking of row-major weights into tiles, and rows out of them again.
+#pragma once
+#include "format.h"
+
+namespace tars {
+
+struct Source {
+  const uint8_t* codes;  // [outputs, inputs * bits / 8] codes as in a QArray (8-bit ones signed), or dense elements
+  const uint8_t* scales;
+  const uint8_t* mins;
+};
+
+void pack_tile(const Format& format, const Source& source, int64_t tile, uint8_t* out);
+
+// Row `id` as float32.
+void take_row(const Format& format, const uint8_t* data, int64_t id, float* out);
+
+float to_float(DType type, const uint8_t* p);
+
+}  // namespace tars

@@ -1,0 +1,124 @@
+#include "product.h"
+
+#include <algorithm>
+
+namespace tars {
+namespace {
+
+constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels stay in a 1 MiB second-level cache
+constexpr int64_t kChunkBytes = 64 << 10;
+constexpr int64_t kChunksPerThread = 8;
+constexpr int64_t kFewRows = 8;  // up to here bfloat16 weights are memory-bound, and activations may as well stay float32
+constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
+
+int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
+class Runner {
+ public:
+  Runner(const Product& p, const Kernels& k) : p_(p), k_(k), panels_(ceil_div(p.rows, kPanel)) {
+    for (const Operand& o : p.operands) {
+      const bool pairs = o.format.dtype == DType::kBF16 && !o.format.quantized() && p.rows > kFewRows && k.native_pairs();
+      dots_.push_back(k.pick_dot(o.format, pairs));
+      tiles_.push_back(o.format.tiles());
+      want_groups_ |= o.format.quantized();
+      want_pairs_ |= pairs;
+      want_floats_ |= !o.format.quantized() && !pairs;
+      bytes_ += o.format.tiles() * o.format.tile_bytes();
+    }
+    if (p.gated) tiles_.pop_back();
+    for (int64_t t : tiles_) total_tiles_ += t;
+  }
+
+  void run(Pool& pool) {
+    if (!p_.rows || !total_tiles_) return;
+    allocate();
+    const int threads = worth_sharing() ? pool.threads() : 1;
+    const int64_t tile_bytes = std::max<int64_t>(bytes_ / total_tiles_, 1);
+    chunk_ = std::clamp(std::min(total_tiles_ / (threads * kChunksPerThread), kChunkBytes / tile_bytes), int64_t{1}, total_tiles_);
+    chunks_ = ceil_div(total_tiles_, chunk_);
+    const int64_t row_blocks = ceil_div(panels_, kRowBlockPanels);
+    parallel(pool, threads, panels_ + row_blocks * chunks_, panels_, [&](int64_t task) {
+      if (task < panels_) prepare(task);
+      else multiply((task - panels_) / chunks_, (task - panels_) % chunks_);
+    });
+  }
+
+ private:
+  bool worth_sharing() const {
+    const double macs = static_cast<double>(total_tiles_) * kLanes * p_.inputs * p_.rows;
+    return std::max(bytes_ / kBytesPerSecond, macs / kMacsPerSecond) > kWakeSeconds;
+  }
+
+  void allocate() {
+    groups_size_ = want_groups_ ? ceil_div(p_.inputs, kGroup) * kPanel * sizeof(ActivationGroup) : 0;
+    floats_size_ = want_floats_ ? round_up(p_.inputs, 2) * kPanel * sizeof(float) : 0;
+    pairs_size_ = want_pairs_ ? round_up(p_.inputs, 2) / 2 * kPanel * sizeof(uint32_t) : 0;
+    panel_size_ = round_up(groups_size_ + floats_size_ + pairs_size_, 64);
+    static thread_local Scratch scratch;
+    memory_ = static_cast<char*>(scratch.get(panel_size_ * panels_));
+  }
+
+  PanelBuffers buffers(int64_t panel) const {
+    char* at = memory_ + panel * panel_size_;
+    return {want_groups_ ? reinterpret_cast<ActivationGroup*>(at) : nullptr,
+            want_floats_ ? reinterpret_cast<float*>(at + groups_size_) : nullptr,
+            want_pairs_ ? reinterpret_cast<uint32_t*>(at + groups_size_ + floats_size_) : nullptr};
+  }
+
+  int rows_in(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kPanel, p_.rows - panel * kPanel)); }
+
+  void prepare(int64_t panel) const {
+    static thread_local Scratch scratch;
+    float* row = static_cast<float*>(scratch.get(round_up(p_.inputs, kGroup) * sizeof(float)));
+    for (int r = 0; r < rows_in(panel); ++r) {
+      const char* x = static_cast<const char*>(p_.x) + (panel * kPanel + r) * p_.inputs * size_of(p_.x_type);
+      k_.read_row(x, p_.x_type, p_.inputs, p_.norm, p_.eps, row);
+      k_.fill_panel(row, p_.inputs, r, buffers(panel));
+    }
+  }
+
+  void multiply(int64_t row_block, int64_t chunk) const {
+    int64_t tile = chunk * chunk_;
+    const int64_t end = std::min(tile + chunk_, total_tiles_);
+    size_t operand = 0;
+    int64_t before = 0;
+    for (; tile < end; ++tile) {
+      while (tile - before >= tiles_[operand]) before += tiles_[operand++];
+      multiply_tile(row_block, operand, tile - before);
+    }
+  }
+
+  void multiply_tile(int64_t row_block, size_t operand, int64_t tile) const {
+    alignas(64) float sums[kPanel * kLanes], other[kPanel * kLanes];
+    const Operand& o = p_.operands[operand];
+    const int64_t column = tile * kLanes, last = std::min(panels_, (row_block + 1) * kRowBlockPanels);
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, o.format.outputs - column));
+    for (int64_t panel = row_block * kRowBlockPanels; panel < last; ++panel) {
+      const PanelBuffers b = buffers(panel);
+      const Panel x{b.groups, b.floats, b.pairs};
+      const int rows = rows_in(panel);
+      dots_[operand](o.data + tile * o.format.tile_bytes(), o.format.blocks(), x, rows, sums);
+      if (p_.gated) {
+        const Operand& up = p_.operands[1];
+        dots_[1](up.data + tile * up.format.tile_bytes(), up.format.blocks(), x, rows, other);
+      }
+      k_.finish_tile(o.finish, sums, p_.gated ? other : nullptr, rows, lanes, panel * kPanel, column);
+    }
+  }
+
+  const Product& p_;
+  const Kernels& k_;
+  const int64_t panels_;
+  std::vector<Kernels::DotTile> dots_;
+  std::vector<int64_t> tiles_;  // of each operand that has outputs of its own
+  bool want_groups_ = false, want_floats_ = false, want_pairs_ = false;
+  int64_t bytes_ = 0, total_tiles_ = 0, chunk_ = 1, chunks_ = 0;
+  int64_t groups_size_ = 0, floats_size_ = 0, pairs_size_ = 0, panel_size_ = 0;
+  char* memory_ = nullptr;
+};
+
+}  // namespace
+
+void run_product(Pool& pool, const Product& product) { Runner(product, kernels()).run(pool); }
+
+}  // namespace tars

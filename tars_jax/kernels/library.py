@@ -1,0 +1,52 @@
+"""The compiled library: found or built, opened, and its calls registered with XLA, once and when first needed."""
+
+import ctypes
+import functools
+import logging
+
+import jax
+
+from tars_jax.kernels import build
+
+TARGETS = ("tars_product", "tars_attention", "tars_rope_write", "tars_take_rows")
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library with its targets registered, or the reason why there is none."""
+    try:
+        library = ctypes.CDLL(str(build.ensure()))
+        for name in TARGETS:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        library.tars_isa.restype = ctypes.c_char_p
+    except Exception as error:  # whatever is wrong with a compiler or a library, the plain path works
+        logger.info("CPU kernels are unavailable: %s", error)
+        return f"{type(error).__name__}: {error}"
+    return library
+
+
+def get() -> ctypes.CDLL:
+    """The library. Raises RuntimeError when there is none."""
+    library = load()
+    if isinstance(library, str):
+        raise RuntimeError(f"CPU kernels are unavailable: {library}")
+    return library
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be used; None when they can."""
+    library = load()
+    return library if isinstance(library, str) else None
+
+
+def available() -> bool:
+    """Whether the kernels can be used here; builds them on the first call."""
+    return unavailable_reason() is None
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2 or portable. ``TARS_CPU_ISA`` forces one that the machine has."""
+    name: bytes = get().tars_isa()
+    return name.decode()

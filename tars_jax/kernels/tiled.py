@@ -1,0 +1,144 @@
+"""`Tiled`: a weight repacked for the CPU kernels, and the way in and out of that layout (described in cpu/format.h)."""
+
+import ctypes
+import math
+import os
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import struct
+
+from tars_jax.kernels import library
+from tars_jax.quant import NIBBLE_OFFSET, QArray
+
+LANES, GROUP = 16, 32  # outputs of a tile, inputs of a block
+CODE_OFFSET = 128  # 8-bit codes are stored unsigned
+
+Kind = Literal["affine", "symmetric", "dense"]
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+Format = tuple[int, int, int, int, int, int]  # bits, group, affine, dtype, outputs, inputs
+
+
+@struct.dataclass
+class Tiled:
+    """A matrix [O, K] in tiles of 16 outputs.
+
+    data: uint8 [tiles, bytes of a tile], the last tile padded with zeros.
+    dtype: of scales and minima, or of the elements when dense.
+    """
+
+    data: jax.Array
+    shape: tuple[int, int] = struct.field(pytree_node=False)
+    kind: Kind = struct.field(pytree_node=False)
+    bits: int = struct.field(pytree_node=False)
+    group: int = struct.field(pytree_node=False)  # 0 when dense
+    dtype: str = struct.field(pytree_node=False)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.nbytes)
+
+    @property
+    def format(self) -> Format:
+        return (self.bits, self.group, int(self.kind == "affine"), DTYPES[self.dtype], *self.shape)
+
+
+def can_pack(w: Any) -> bool:
+    """Whether `pack_tiles` takes this weight."""
+    if isinstance(w, QArray):
+        scales = str(w.scales.dtype) in ("float16", "float32") and (w.mins is None or w.mins.dtype == w.scales.dtype)
+        return len(w.shape) == 2 and scales and w.bits in (4, 8) and w.group in (16, 32)
+    return getattr(w, "ndim", 0) == 2 and str(getattr(w, "dtype", "")) in DTYPES
+
+
+def pack_tiles(w: QArray | np.ndarray | jax.Array, threads: int | None = None) -> Tiled:
+    """Repack a weight; the data is a numpy array aligned so that jax takes it without a copy. Raises ValueError, RuntimeError."""
+    if not can_pack(w):
+        raise ValueError(f"cannot tile a weight of type {type(w).__name__}, shape {getattr(w, 'shape', None)}")
+    if isinstance(w, QArray):
+        kind: Kind = "symmetric" if w.mins is None else "affine"
+        tiled = Tiled(np.empty(0, np.uint8), _pair(w.shape), kind, w.bits, w.group, str(w.scales.dtype))
+        parts = [w.codes, w.scales, w.mins]
+    else:
+        dtype = str(w.dtype)
+        tiled = Tiled(np.empty(0, np.uint8), _pair(w.shape), "dense", 32 if dtype == "float32" else 16, 0, dtype)
+        parts = [w, None, None]
+    tiles, size = _layout(tiled.format)
+    data = _aligned(tiles * size).reshape(tiles, size)
+    arrays = [None if part is None else np.ascontiguousarray(np.asarray(part)) for part in parts]
+    pointers = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in arrays]
+    fields = (ctypes.c_int64 * 6)(*tiled.format)
+    library.get().tars_pack(fields, *pointers, ctypes.c_void_p(data.ctypes.data), ctypes.c_int64(threads or min(os.cpu_count() or 1, 8)))
+    return tiled.replace(data=data)
+
+
+def untile(w: Tiled) -> jax.Array:
+    """The dense matrix [O, K] in float32: the layout once more, in plain jax."""
+    bits, group, _, _, outputs, inputs = w.format
+    tiles = w.data.shape[0]
+    if w.kind == "dense":
+        return _untile_dense(w)[:outputs, :inputs]
+    blocks = jnp.asarray(w.data).reshape(tiles, -1, _block_bytes(w.format))  # [tiles, blocks, bytes]
+    code_bytes, halves = LANES * GROUP * bits // 8, GROUP // group
+    codes = blocks[..., :code_bytes].reshape(tiles, -1, code_bytes // 64, LANES, 4)
+    if bits == 8:
+        quads = codes.astype(jnp.int32) - CODE_OFFSET
+    else:  # low nibbles, then high ones, per weight group
+        codes = codes.reshape(tiles, -1, halves, group // 8, LANES, 4)
+        quads = jnp.concatenate([codes & 15, codes >> 4], axis=3).astype(jnp.int32)
+        quads = quads.reshape(tiles, -1, GROUP // 4, LANES, 4) - (NIBBLE_OFFSET if w.kind == "symmetric" else 0)
+    values = quads.astype(jnp.float32).reshape(tiles, -1, halves, group // 4, LANES, 4)
+    numbers = _floats(blocks[..., code_bytes:], w.dtype).reshape(tiles, blocks.shape[1], -1, halves, 1, LANES, 1)
+    values = values * numbers[:, :, 0]
+    if w.kind == "affine":
+        values = values + numbers[:, :, 1]
+    dense = values.reshape(tiles, -1, LANES, 4).transpose(0, 2, 1, 3).reshape(tiles * LANES, -1)
+    return dense[:outputs, :inputs]
+
+
+def take_rows(w: Tiled, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Rows of a weight [O, K] at ids [T], dequantised: [T, K]. Ids outside are clamped."""
+    library.get()
+    out = jax.ShapeDtypeStruct((*ids.shape, w.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call("tars_take_rows", out, vmap_method="sequential")
+    return call(w.data, ids.astype(jnp.int32), formats=np.array(w.format, np.int64)).astype(dtype)
+
+
+def _untile_dense(w: Tiled) -> jax.Array:
+    values = _floats(jnp.asarray(w.data), w.dtype).reshape(w.data.shape[0], -1, 2 * LANES)
+    if w.dtype == "bfloat16":  # pairs of inputs per output
+        values = values.reshape(*values.shape[:2], LANES, 2).swapaxes(2, 3)
+    return values.reshape(w.data.shape[0], -1, LANES).swapaxes(1, 2).reshape(w.data.shape[0] * LANES, -1)
+
+
+def _floats(raw: jax.Array, dtype: str) -> jax.Array:
+    """The numbers in the last axis's bytes, as float32."""
+    kind = jnp.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    grouped = raw.reshape(*raw.shape[:-1], -1, kind.itemsize)
+    return jax.lax.bitcast_convert_type(grouped, kind).astype(jnp.float32)
+
+
+def _layout(format: Format) -> tuple[int, int]:
+    """Tiles of a matrix and bytes of each."""
+    _, group, _, _, outputs, inputs = format
+    return math.ceil(outputs / LANES), math.ceil(inputs / (GROUP if group else 2)) * _block_bytes(format)
+
+
+def _block_bytes(format: Format) -> int:
+    bits, group, affine, dtype, _, _ = format
+    size = 4 if dtype == DTYPES["float32"] else 2
+    if not group:
+        return 2 * LANES * size
+    return LANES * GROUP * bits // 8 + LANES * (GROUP // group) * size * (1 + affine)
+
+
+def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
+    return int(shape[0]), int(shape[1])
+
+
+def _aligned(size: int, to: int = 64) -> np.ndarray:
+    raw = np.empty(size + to, np.uint8)
+    return raw[-raw.ctypes.data % to :][:size]
