@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -96,7 +95,6 @@ class Models:
         self.store = store
         self.settings = settings or Settings()
         self.telemetry = telemetry or Telemetry()
-        self.request_ids = itertools.count(1)
         self._load, self._make_engine = load, make_engine
         self._entries: list[Loaded] = []
         self._one_load = asyncio.Lock()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from api.models import Loaded, Models
 from api.prompts import Prompt
 from tars_jax.config import SamplingParams
-from tars_jax.engine.request import Output, Request, Usage
+from tars_jax.engine.request import Output, Request, Usage, new_request_id
 from tars_jax.errors import TarsError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ async def _run(models: Models, loaded: Loaded, ids: tuple[int, ...], params: Sam
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
             loop.call_soon_threadsafe(queue.put_nowait, output)
 
-    request = Request(next(models.request_ids), ids, params, sink)
+    request = Request(new_request_id(), ids, params, sink)
     engine = loaded.engine
     # In a thread: compiling a grammar takes its time. Shielded: a request must not slip in after it was cancelled.
     submitted = asyncio.ensure_future(asyncio.to_thread(engine.submit, request))

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tars_jax.config import EngineConfig, SamplingParams
-from tars_jax.engine.engine import Engine, new_request_id
-from tars_jax.engine.request import Output, Request
+from tars_jax.engine.engine import Engine
+from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.loaders.loaded import Model
 
 DECODE_PROMPT = 16  # tokens before the decodes that are timed

@@ -7,10 +7,10 @@ import hashlib
 import os
 import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 MIN_COMPILE_SECONDS = 0.3  # cheaper programs are compiled faster than they are found on a disk
 
@@ -24,9 +24,9 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 def enable() -> None:
     """Turn jax's persistent compilation cache on, unless the user has set one or the folder cannot be made."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    folder = cache_dir() / "xla" / f"{jaxlib.__version__}-{_processor()}"
+    folder = cache_dir() / "xla" / f"{version('jaxlib')}-{_processor()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tars_jax.blobs import BlobBusyError
 from tars_jax.errors import InvalidRequest, ModelFileError, ModelNotFound
 from tars_jax.store import Layer, ModelName, Store, StoredModel
+from tars_jax.store.blobs import BlobBusyError
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as HubTokenizer
 
 from tars_jax.errors import InvalidRequest, ModelFileError
-from tars_jax.pretokenizers import _BY_NAME
 from tars_jax.tokenizer import TextStream, Tokenizer
+from tars_jax.tokenizer.pretokenizers import _BY_NAME
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2-q4_1.json").read_text())["tokenize"]
 CORPUS = [

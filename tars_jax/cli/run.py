@@ -58,7 +58,7 @@ def run(
     try:
         session.load()
         if is_chat:
-            from tars_jax.cli.chat import chat
+            from tars_jax.cli.repl import chat
 
             chat(session)
         elif text:

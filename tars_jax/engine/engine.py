@@ -1,7 +1,6 @@
 """The engine: many requests, one device. One thread per engine owns the device state; everybody else sends it messages."""
 
 import dataclasses
-import itertools
 import logging
 import queue
 import threading
@@ -13,7 +12,7 @@ import numpy as np
 
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.pages import PageAllocator
-from tars_jax.engine.request import Output, Request
+from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.engine.scheduler import Plan, Scheduler
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.step import EngineState, build_batch, init_state, read_row, run_step
@@ -21,7 +20,6 @@ from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsErr
 from tars_jax.loaders.loaded import Model
 
 log = logging.getLogger(__name__)
-_request_ids = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +45,6 @@ def resolve(config: EngineConfig, model: Model) -> EngineConfig:
     if tokens < context:
         raise InvalidRequest(f"a cache of {tokens} tokens cannot hold one request of {context}; raise cache_tokens or lower max_context")
     return dataclasses.replace(config, max_context=context, cache_tokens=tokens)
-
-
-def new_request_id() -> int:
-    """A number no other request of this process has."""
-    return next(_request_ids)
 
 
 class Engine:

@@ -6,6 +6,7 @@ for stop strings and decides when it ends; each `Output` goes to the request's s
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -13,6 +14,13 @@ from typing import Literal
 from tars_jax.config import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_numbers = itertools.count(1)
+
+
+def new_request_id() -> int:
+    """A number no other request of this process has."""
+    return next(_numbers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from tars_jax.chat.splitters import MARKERS
 from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
-from tars_jax.splitters import MARKERS
 from tars_jax.tokenizer import TextStream, Tokenizer
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.model_name import ModelName
+from tars_jax.store.name import ModelName
 
 HUGGING_FACE_HOSTS = ("hf.co", "huggingface.co")
 

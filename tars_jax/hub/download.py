@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 
 import httpx
 
-from tars_jax.blobs import BlobBusyError, BlobWriter
 from tars_jax.errors import InvalidRequest
 from tars_jax.hub.job import Event, SourceError, progress
 from tars_jax.store import Store
+from tars_jax.store.blobs import BlobBusyError, BlobWriter
 
 TIMEOUT = httpx.Timeout(30.0, connect=5.0)  # seconds; 30: a stalled transfer
 _EVENT_SECONDS = 0.1  # between progress events

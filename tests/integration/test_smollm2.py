@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from tars_jax import Engine, EngineConfig, SamplingParams, load
-from tars_jax.engine.engine import new_request_id
-from tars_jax.engine.request import Output, Request
+from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
 from tars_jax.perplexity import log_probabilities, perplexity
 

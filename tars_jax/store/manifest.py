@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tars_jax.blobs import Blobs
 from tars_jax.errors import InvalidRequest, ModelFileError
-from tars_jax.model_name import ModelName
+from tars_jax.store.blobs import Blobs
+from tars_jax.store.name import ModelName
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"

@@ -1,11 +1,11 @@
-"""Messages to prompt text by the model's own chat template, and what models write back, told apart (:mod:`tars_jax.splitters`)."""
+"""Messages to prompt text by the model's own chat template, and what models write back, told apart (:mod:`tars_jax.chat.splitters`)."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tars_jax.chat.splitters import ThinkingSplitter, ToolCall, ToolCallSplitter
 from tars_jax.errors import InvalidRequest, ModelFileError
-from tars_jax.splitters import ThinkingSplitter, ToolCall, ToolCallSplitter
 
 __all__ = ["CHATML", "ChatTemplate", "ThinkingSplitter", "ToolCall", "ToolCallSplitter", "capabilities"]
 
@@ -26,7 +26,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         from jinja2 import TemplateError  # 0.07 s, which commands without a chat need not pay
 
-        from tars_jax.template_sandbox import compile_template
+        from tars_jax.chat.sandbox import compile_template
 
         self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
         try:
@@ -42,7 +42,7 @@ class ChatTemplate:
 
         ``extra`` holds further template variables. Raises InvalidRequest for messages the template refuses, with its own words.
         """
-        from tars_jax.template_sandbox import bounded
+        from tars_jax.chat.sandbox import bounded
 
         variables = {"bos_token": self.bos_token, "eos_token": self.eos_token, "documents": None} | extra
         plain = {name: _plain(value) for name, value in variables.items()}

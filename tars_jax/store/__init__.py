@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tars_jax.blobs import Blobs, BlobSource, BlobWriter, sync_folder, try_lock
 from tars_jax.errors import InvalidRequest, ModelFileError, ModelNotFound
-from tars_jax.manifest import CONFIG_TYPE, LAYER_TYPE, Layer, Manifest, StoredModel, read_config
-from tars_jax.model_name import ModelName
+from tars_jax.store.blobs import Blobs, BlobSource, BlobWriter, sync_folder, try_lock
+from tars_jax.store.manifest import CONFIG_TYPE, LAYER_TYPE, Layer, Manifest, StoredModel, read_config
+from tars_jax.store.name import ModelName
 
 __all__ = ["LAYER_TYPE", "Layer", "Manifest", "ModelName", "Store", "StoredModel"]
 

@@ -15,8 +15,8 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HubTokenizer
 
 from tars_jax.errors import ModelFileError
-from tars_jax.pretokenizers import PreTokenizer
-from tars_jax.vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
+from tars_jax.tokenizer.pretokenizers import PreTokenizer
+from tars_jax.tokenizer.vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
 
 Segmenter = Callable[[str], list[int]]
 

@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer as HubTokenizer
 
 from tars_jax.errors import ModelFileError
-from tars_jax.pretokenizers import pretokenizer
-from tars_jax.segmenters import (
+from tars_jax.tokenizer.pretokenizers import pretokenizer
+from tars_jax.tokenizer.segmenters import (
     Encoder,
     HubEncoder,
     PartedEncoder,
@@ -21,7 +21,7 @@ from tars_jax.segmenters import (
     unigram,
     wordpiece,
 )
-from tars_jax.vocabulary import BYTE, CONTROL, END_TEXTS, NORMAL, SPACE, USER_DEFINED, Vocabulary, end_of_generation
+from tars_jax.tokenizer.vocabulary import BYTE, CONTROL, END_TEXTS, NORMAL, SPACE, USER_DEFINED, Vocabulary, end_of_generation
 
 
 @dataclasses.dataclass(frozen=True)

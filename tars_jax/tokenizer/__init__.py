@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.segmenters import Encoder
-from tars_jax.tokenizer_files import SpecialOptions, read_gguf, read_hub
-from tars_jax.vocabulary import CONTROL, UNKNOWN, Vocabulary, end_of_generation
+from tars_jax.tokenizer.files import SpecialOptions, read_gguf, read_hub
+from tars_jax.tokenizer.segmenters import Encoder
+from tars_jax.tokenizer.vocabulary import CONTROL, UNKNOWN, Vocabulary, end_of_generation
 
 
 class Batch(NamedTuple):
