@@ -11,18 +11,23 @@ BIN = $(VENV)/bin
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.installed: pyproject.toml
-	@echo "Setting up $(VENV) with $$($(PYTHON) --version) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# The stamps carry the Python version: another PYTHON makes the environment anew.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+INSTALLED = $(VENV)/.installed-$(VERSION)
+TESTED = $(VENV)/.tested-$(VERSION)
+
+$(INSTALLED): pyproject.toml
+	@echo "Setting up $(VENV) with Python $(VERSION) (a minute or two) ..."
+	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(VENV)/.tested: $(VENV)/.installed
+$(TESTED): $(INSTALLED)
 	@echo "Installing what the tests and the linter need ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-setup: $(VENV)/.installed ## Create .venv and install the project
+setup: $(INSTALLED) ## Create .venv and install the project
 
 run: setup ## Answer PROMPT="..." with MODEL=smollm2:135m, in the terminal
 	@$(BIN)/tars run $(MODEL) "$(PROMPT)"
@@ -30,16 +35,16 @@ run: setup ## Answer PROMPT="..." with MODEL=smollm2:135m, in the terminal
 serve: setup ## Start the server on 127.0.0.1:11434
 	@$(BIN)/tars serve
 
-test: $(VENV)/.tested ## Run all tests (pulls the default model, about 93 MB, once)
+test: $(TESTED) ## Run all tests (pulls the default model, about 93 MB, once)
 	@$(BIN)/python -m pytest
 
-lint: $(VENV)/.tested ## Check style and types
+lint: $(TESTED) ## Check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 bench: setup ## Measure prefill, decode, start-up and memory
-	@$(BIN)/python tests/bench/engine.py
+	@$(BIN)/tars bench --model $(MODEL)
 
 clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

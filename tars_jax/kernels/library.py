@@ -50,3 +50,8 @@ def isa() -> str:
     """The instruction set in use: avx512, avx2 or portable. ``TARS_CPU_ISA`` forces one that the machine has."""
     name: bytes = get().tars_isa()
     return name.decode()
+
+
+def use_isa(name: str) -> bool:
+    """Switch every later call of this process to another instruction set; False if there is none of that name here."""
+    return bool(get().tars_use_isa(name.encode()))

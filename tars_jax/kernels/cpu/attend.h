@@ -20,6 +20,12 @@ TARS_INLINE const char* cached(const AttentionTask& t, const void* pages, int64_
   return static_cast<const char*>(pages) + ((page * t.kv_heads + t.kv_head) * t.page + token % t.page) * t.head_dim * size_of(t.cache_type);
 }
 
+// Pages lie apart, so the processor's own prefetcher stops at each page's end.
+TARS_INLINE void prefetch_token(const AttentionTask& t, const void* pages, int64_t token) {
+  const char* p = cached(t, pages, token);
+  for (int64_t at = 0, bytes = t.head_dim * size_of(t.cache_type); at < bytes; at += 64) __builtin_prefetch(p + at);
+}
+
 TARS_INLINE Floats softcap(Floats x, float cap) { return cap > 0 ? splat(cap) * tanh(x / splat(cap)) : x; }
 
 // head_dim numbers as float32, zero-padded to whole vectors.
@@ -220,6 +226,8 @@ static void score_few(const AttentionTask& t, const float* queries, int64_t begi
     Floats sum[kHeads];
     for (int h = 0; h < kHeads; ++h) sum[h] = splat(0.0f);
     if (i < tokens) {
+      prefetch_token(t, t.v_pages, begin + i);  // wanted as soon as the scores are known
+      if (begin + i + kFewTokens < t.end) prefetch_token(t, t.k_pages, begin + i + kFewTokens);
       const char* k = cached(t, t.k_pages, begin + i);
       for (int64_t d = 0; d < dim; d += kLanes) {
         const char* p = k + d * size_of(kType);
@@ -316,10 +324,12 @@ static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
 template <DType kType>
 static void attend_one(const AttentionTask& t, float* scratch) {
   int64_t head = 0;
-  for (; t.group - head >= 4; head += 4) attend_few<kType, 4>(t, scratch, head);
-  if (t.group - head == 3) attend_few<kType, 3>(t, scratch, head);
-  if (t.group - head == 2) attend_few<kType, 2>(t, scratch, head);
-  if (t.group - head == 1) attend_few<kType, 1>(t, scratch, head);
+  if constexpr (kParts < 4) {  // several heads share a read of the cache; not worth compiling for the portable path
+    for (; t.group - head >= 4; head += 4) attend_few<kType, 4>(t, scratch, head);
+    if (t.group - head == 3) return attend_few<kType, 3>(t, scratch, head);
+    for (; t.group - head >= 2; head += 2) attend_few<kType, 2>(t, scratch, head);
+  }
+  for (; head < t.group; ++head) attend_few<kType, 1>(t, scratch, head);
 }
 
 static void attend(const AttentionTask& t, float* scratch) {

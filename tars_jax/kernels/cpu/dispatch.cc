@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cstdlib>
 #include <string_view>
 
@@ -6,21 +7,34 @@
 namespace tars {
 namespace {
 
-const Kernels& choose() {
+// The kernels of that name, null if this build or processor has none.
+const Kernels* find(std::string_view name) {
+  for (const Kernels* k : {avx512_kernels(), avx2_kernels(), &portable_kernels()})
+    if (k && name == k->name) return k;
+  return nullptr;
+}
+
+const Kernels* best() {
   const char* forced = std::getenv("TARS_CPU_ISA");
-  const std::string_view wanted = forced ? forced : "";
-  const Kernels *wide = avx512_kernels(), *middle = avx2_kernels();
-  if (wide && (wanted.empty() || wanted == wide->name)) return *wide;
-  if (middle && (wanted.empty() || wanted == middle->name)) return *middle;
-  if (!wanted.empty() && wanted != "portable") return wide ? *wide : middle ? *middle : portable_kernels();  // not here: the best there is
-  return portable_kernels();
+  if (const Kernels* k = find(forced ? forced : "")) return k;
+  for (const Kernels* k : {avx512_kernels(), avx2_kernels()})
+    if (k) return k;
+  return &portable_kernels();
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels{best()};
+  return kernels;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+bool use_kernels(const char* name) {
+  const Kernels* k = find(name);
+  if (k) current().store(k);
+  return k != nullptr;
 }
 
 }  // namespace tars

@@ -71,6 +71,7 @@ const Kernels* avx2_kernels();    // null when this build or processor has none
 const Kernels* avx512_kernels();
 
 const Kernels& kernels();  // the best of them, or what TARS_CPU_ISA forces
+bool use_kernels(const char* name);  // others from now on; false if they do not exist here
 
 // Floats of scratch an AttentionTask needs: queries, keys or values, scores, result, and three numbers a lane.
 inline int64_t attention_scratch(int64_t head_dim) {

@@ -1,0 +1,258 @@
+"""The CPU kernels against numpy: exactly the same quantisation, written out; and loosely the float product."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tars_jax import cache, kernels, ops, quant
+from tars_jax.attention import ragged_attention
+from tars_jax.kernels import library
+from tests.test_attention import ragged
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.unavailable_reason()}")
+
+QUANTIZED = [(bits, group, affine, dtype) for bits in (4, 8) for group in (16, 32) for affine in (0, 1) for dtype in ("float16", "float32")]
+KINDS = [*QUANTIZED, "float32", "float16", "bfloat16"]
+ROWS = (0, 1, 2, 3, 7, 16, 17, 33, 130)
+EPS = 1e-5
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels.isa()
+    if not library.use_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    library.use_isa(before)
+
+
+def weight(kind: Any, outputs: int, inputs: int, seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    if isinstance(kind, str):
+        return np.asarray(jnp.asarray(rng.normal(size=(outputs, inputs)) * inputs**-0.5, kind))
+    bits, group, affine, dtype = kind
+    low, high = (0, 16) if bits == 4 and affine else (-(1 << (bits - 1)), 1 << (bits - 1))
+    codes = rng.integers(low, high, (outputs, inputs)).astype(np.int8)
+    scales = (rng.uniform(0.5, 2, (outputs, inputs // group)) * inputs**-0.5 / high).astype(dtype)
+    mins = rng.normal(size=scales.shape).astype(dtype) * np.asarray(inputs**-0.5, dtype) if affine else None
+    return quant.pack(codes, scales, mins, bits=bits, group=group)
+
+
+def dense(w: Any) -> np.ndarray:
+    return np.asarray(quant.dequantize(w if isinstance(w, quant.QArray) else jnp.asarray(w)), np.float32)
+
+
+def normals(*shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def as_kernel_reads(x: np.ndarray, w: Any) -> np.ndarray:
+    """Activations as the kernel multiplies them: int8 in groups of 32 for quantised weights, else as they are."""
+    if not isinstance(w, quant.QArray):
+        return x
+    rows, inputs = x.shape
+    grouped = np.pad(x, ((0, 0), (0, -inputs % 32))).reshape(rows, -(-inputs // 32), 32)
+    top = np.abs(grouped).max(-1, keepdims=True, initial=0.0)
+    codes = np.rint(grouped * np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0))
+    return (codes * (top / np.float32(127))).reshape(rows, grouped.shape[1] * 32)[:, :inputs]
+
+
+def tolerance(w: Any, rows: int) -> float:
+    """bfloat16 weights meet bfloat16 activations when there are many rows."""
+    return 2e-2 if getattr(w, "dtype", None) == jnp.bfloat16 and rows > 8 else 2e-4
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_tiles_hold_the_weight(kind: Any, isa: str) -> None:
+    if isa != kernels.isa() or isa == "portable":
+        pytest.skip("packing is the same for all")
+    w = weight(kind, 37, 80 if isinstance(kind, tuple) and kind[1] == 16 else 96)
+    tiled = kernels.pack_tiles(w)
+    np.testing.assert_allclose(kernels.untile(tiled), dense(w), atol=1e-6)
+    ids = np.array([36, 0, 17, 5], np.int32)
+    np.testing.assert_allclose(kernels.take_rows(tiled, jnp.asarray(ids)), dense(w)[ids], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_product_of_any_kind(kind: Any) -> None:
+    inputs = 112 if isinstance(kind, tuple) and kind[1] == 16 else 101 if isinstance(kind, str) else 128
+    w = weight(kind, 45, inputs)
+    tiled = jax.tree.map(jnp.asarray, kernels.pack_tiles(w))
+    for rows in (1, 7, 17):
+        x = normals(rows, inputs)
+        y = np.asarray(kernels.norm_linear(jnp.asarray(x), None, 0.0, [tiled])[0])
+        np.testing.assert_allclose(y, as_kernel_reads(x, w) @ dense(w).T, atol=tolerance(w, rows))
+        np.testing.assert_allclose(y, x @ dense(w).T, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_norm_and_weights_of_several_kinds_in_one_call(rows: int) -> None:
+    kinds = [QUANTIZED[2], QUANTIZED[8], "bfloat16"]
+    weights = [weight(kind, outputs, 96, seed=outputs) for kind, outputs in zip(kinds, (33, 16, 5), strict=True)]
+    x, norm, bias = normals(rows, 96), normals(96, seed=2), normals(16, seed=3)
+    tiled = [kernels.pack_tiles(w) for w in weights]
+    results = kernels.norm_linear(jnp.asarray(x), jnp.asarray(norm), EPS, tiled, [None, jnp.asarray(bias), None])
+    normed = np.asarray(ops.rms_norm(jnp.asarray(x), jnp.asarray(norm), EPS))
+    for w, result, b in zip(weights, results, (0, bias, 0), strict=True):
+        # The norm's own rounding may move a code by one, which is worth a hundredth of a group's largest activation.
+        np.testing.assert_allclose(result, as_kernel_reads(normed, w) @ dense(w).T + b, atol=max(1e-2, tolerance(w, rows)))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_add(rows: int) -> None:
+    w, x, residual, bias = weight((4, 32, 1, "float16"), 40, 160), normals(rows, 160), normals(rows, 40, seed=2), normals(40, seed=3)
+    y = kernels.linear_add(jnp.asarray(x), kernels.pack_tiles(w), jnp.asarray(bias), jnp.asarray(residual))
+    np.testing.assert_allclose(y, residual + as_kernel_reads(x, w) @ dense(w).T + bias, atol=2e-4)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("rows", [0, 1, 9, 33])
+def test_gated(rows: int, activation: Any) -> None:
+    gate, up = weight((4, 32, 1, "float16"), 50, 64), weight((8, 16, 0, "float16"), 50, 64, seed=5)
+    x, bias = 3 * normals(rows, 64), normals(50, seed=3)
+    y = kernels.gated(jnp.asarray(x), None, 0.0, kernels.pack_tiles(gate), kernels.pack_tiles(up), activation, jnp.asarray(bias))
+    gated = ops.activate(jnp.asarray(as_kernel_reads(x, gate) @ dense(gate).T + bias), activation)
+    np.testing.assert_allclose(y, np.asarray(gated) * (as_kernel_reads(x, up) @ dense(up).T), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_activations(dtype: str) -> None:
+    w, x = weight((8, 32, 0, "float16"), 24, 64), jnp.asarray(normals(5, 64), dtype)
+    y = kernels.linear_add(x, kernels.pack_tiles(w), None, jnp.ones((5, 24), dtype))
+    assert y.dtype == dtype
+    expected = 1 + as_kernel_reads(np.asarray(x, np.float32), w) @ dense(w).T
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=4e-2)
+
+
+@pytest.mark.parametrize("kind", [(4, 32, 1, "float16"), (8, 16, 0, "float16"), "bfloat16"], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_stays_in_its_row(kind: Any, bad: float) -> None:
+    x, w = normals(19, 64), kernels.pack_tiles(weight(kind, 20, 64))
+    clean = np.asarray(kernels.norm_linear(jnp.asarray(x), jnp.ones(64), EPS, [w])[0])
+    x[11, 5] = bad
+    y = np.asarray(kernels.norm_linear(jnp.asarray(x), jnp.ones(64), EPS, [w])[0])
+    assert np.isnan(y[11]).all()
+    np.testing.assert_array_equal(np.delete(y, 11, 0), np.delete(clean, 11, 0))
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    x, w = normals(37, 96), kernels.pack_tiles(weight((4, 32, 1, "float16"), 48, 96))
+    together = np.asarray(kernels.norm_linear(jnp.asarray(x), None, 0.0, [w])[0])
+    for i in (0, 8, 36):
+        alone = kernels.norm_linear(jnp.asarray(x[i : i + 1]), None, 0.0, [w])[0]
+        np.testing.assert_array_equal(np.asarray(alone)[0], together[i])
+
+
+def test_large_products_are_shared_between_threads() -> None:
+    x, w = normals(150, 320), weight((4, 32, 1, "float16"), 1000, 320)
+    tiled = jax.tree.map(jnp.asarray, kernels.pack_tiles(w))
+    call = jax.jit(lambda x, tiled: kernels.norm_linear(x, None, 0.0, [tiled])[0])
+    for _ in range(5):
+        np.testing.assert_allclose(call(jnp.asarray(x), tiled), as_kernel_reads(x, w) @ dense(w).T, atol=1e-3)
+
+
+def test_wrong_sizes_are_refused() -> None:
+    w = kernels.pack_tiles(weight((4, 32, 1, "float16"), 20, 64))
+    with pytest.raises(Exception, match="differ in inputs"):
+        jax.block_until_ready(kernels.norm_linear(jnp.ones((2, 96)), None, 0.0, [w]))
+    with pytest.raises(ValueError, match="cannot tile"):
+        kernels.pack_tiles(np.ones((2, 3, 4), np.float32))
+
+
+def check_attention(
+    rows: list[tuple[int, int]],
+    *,
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 8,
+    page: int = 4,
+    window: int = 0,
+    pad: tuple[int, int] = (0, 0),
+    dtype: str = "float32",
+    softcap: float = 0.0,
+) -> None:
+    """Against `ragged_attention` over pools whose unwritten slots are NaN. pad: tokens, rows."""
+    rng = np.random.default_rng(len(rows) + window)
+    batch = jax.tree.map(jnp.asarray, ragged(rows, pad[0], pad[1], page, rng))
+    pool = np.full((2, int(batch.page_tables.max()) + 1, heads[1], page, dim), np.nan, np.float32)
+    for r, (old, new) in enumerate(rows):
+        for i in range(old + new):
+            pool[:, batch.page_tables[r, i // page], :, i % page] = rng.normal(size=(2, heads[1], dim))
+    k, v = (jnp.asarray(p, dtype) for p in pool)
+    q = jnp.asarray(rng.normal(size=(len(batch.positions), heads[0], dim)), jnp.float32)
+    result = np.asarray(kernels.attention(q, k, v, batch, scale=dim**-0.5, window=window, softcap=softcap))
+    if softcap:
+        assert np.isfinite(result).all()
+        return
+    np.testing.assert_allclose(result, ragged_attention(q, k, v, batch, scale=dim**-0.5, window=window), atol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (3, 1), (10, 2), (40, 1)], ids=str)
+def test_attention_head_groupings(heads: tuple[int, int]) -> None:
+    check_attention([(5, 3), (0, 7), (9, 1)], heads=heads)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [8, 64, 80])
+def test_attention_cache_types_and_dimensions(dtype: str, dim: int) -> None:
+    check_attention([(70, 20), (33, 1), (140, 1)], dim=dim, page=16, heads=(6, 2), dtype=dtype)
+
+
+def test_attention_of_one_token_per_row() -> None:
+    check_attention([(0, 1), (9, 1), (33, 1)], pad=(1, 1))
+
+
+def test_attention_of_long_rows() -> None:
+    check_attention([(300, 70), (0, 40), (500, 1)], page=16)
+
+
+def test_attention_windows() -> None:
+    check_attention([(600, 40), (700, 1), (3, 20)], page=16, window=50)
+
+
+def test_attention_softcap_is_finite() -> None:
+    check_attention([(20, 4), (50, 1)], softcap=5.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_of_random_batches(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [(int(rng.integers(0, 41)), int(rng.integers(1, 10))) for _ in range(rng.integers(1, 5))]
+    check_attention(rows, pad=(seed % 3, seed % 2), window=(0, 1, 5, 0)[seed])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("half", [0, 4, 8])
+def test_rope_write(tokens: int, norms: bool, half: int) -> None:
+    page, heads, kv_heads, dim = 4, 3, 2, 16
+    batch = jax.tree.map(jnp.asarray, ragged([(2, tokens), (0, 2)], 1, 0, page, np.random.default_rng(0)))
+    total = len(batch.positions)
+    q, k, v = (jnp.asarray(normals(total, h, dim, seed=h + i)) for i, h in enumerate((heads, kv_heads, kv_heads)))
+    angles = normals(total, 1, half or 1, seed=9)
+    rotation = (jnp.cos(angles), jnp.sin(angles)) if half else None
+    q_norm, k_norm = (jnp.asarray(normals(dim, seed=s)) if norms else None for s in (5, 6))
+    pages = jnp.zeros((int(batch.page_tables.max()) + 1, kv_heads, page, dim), jnp.float16)
+    slots = cache.write_slots(batch, page)
+    got = kernels.rope_write(q, k, v, rotation, slots, pages, pages, q_norm=q_norm, k_norm=k_norm, eps=EPS)
+    if norms:
+        q, k = ops.rms_norm(q, q_norm, EPS), ops.rms_norm(k, k_norm, EPS)
+    if rotation is not None:
+        q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
+    np.testing.assert_allclose(got[0], q, atol=1e-5)
+    for pages_got, value in zip(got[1:], (k, v), strict=True):
+        expected = cache.write(pages, slots, value)
+        np.testing.assert_allclose(np.asarray(pages_got, np.float32)[1:], np.asarray(expected, np.float32)[1:], atol=4e-3)
+
+
+def test_donated_pages_are_written_in_place() -> None:
+    pages = [jnp.zeros((3, 1, 4, 16), jnp.float16) for _ in range(2)]
+    pointers = {p.unsafe_buffer_pointer() for p in pages}
+    heads, slots = jnp.ones((1, 1, 16)), (jnp.array([2]), jnp.array([1]))
+    call = jax.jit(lambda k, v: kernels.rope_write(heads, heads, heads, None, slots, k, v), donate_argnums=(0, 1))
+    _, k, v = call(*pages)
+    assert {k.unsafe_buffer_pointer(), v.unsafe_buffer_pointer()} == pointers
+    assert float(k.astype(jnp.float32).sum()) == 16
