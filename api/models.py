@@ -31,11 +31,12 @@ Load = Callable[[StoredModel, Store], "Model"]
 MakeEngine = Callable[["Model", EngineConfig], "Engine"]
 
 
-def load_model(stored: StoredModel, store: Store) -> "Model":
-    """The real loader. JAX is imported here, when the first model is wanted, and not with the API."""
+def load_model(stored: StoredModel, store: Store, progress: Callable[[int, int], None] | None = None) -> "Model":
+    """The real loader; ``progress`` hears bytes done and in all. JAX is imported here, when the first model is wanted."""
     from tars_jax.loaders.opening import load
 
-    return load(stored.model_path, store=store)  # the path: a file that happens to be called like the model must not win
+    # By path: a file in this folder that happens to be called like the model must not win.
+    return load(stored.model_path, store=store, progress=progress)
 
 
 def make_engine(model: "Model", config: EngineConfig) -> "Engine":

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tars_jax.cli.progress import load_bar
 from tars_jax.errors import ModelNotFound, TarsError
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from api.models import Models
     from api.settings import Settings
+    from tars_jax.loaders.loaded import Model
+    from tars_jax.store import Store, StoredModel
 
 Chunk = dict[str, Any]
 
@@ -185,7 +188,11 @@ def open_backend(settings: "Settings") -> Backend:
     """A running server if there is one, else this process."""
     if server := find_server(settings):
         return server
-    from api.models import Models
+    from api.models import Models, load_model
     from tars_jax.store import Store
 
-    return LocalBackend(Models(Store(settings.models), settings))
+    def load(stored: "StoredModel", store: "Store") -> "Model":
+        with load_bar(f"loading {stored.name.short()}") as progress:
+            return load_model(stored, store, progress)
+
+    return LocalBackend(Models(Store(settings.models), settings, load=load))

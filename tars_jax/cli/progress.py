@@ -1,7 +1,8 @@
-"""Progress of pulls, on stderr: bars on a terminal, a line a status elsewhere."""
+"""Progress of pulls and loads, on stderr: bars on a terminal; elsewhere a line a status for a pull, nothing for a load."""
 
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tars_jax.errors import PullError
@@ -44,3 +45,17 @@ def _bars(events: Iterable[Mapping[str, Any]]) -> None:
             if status not in tasks:
                 tasks[status] = bars.add_task(status, total=event["total"])
             bars.update(tasks[status], completed=event.get("completed", 0))
+
+
+@contextlib.contextmanager
+def load_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar that goes when its work is done, to be fed (bytes done, bytes in all); None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

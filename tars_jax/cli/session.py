@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +35,8 @@ class Session:
         """Pull the model if it is not here, and bring it into memory."""
         if not self.backend.has(self.model):
             show_pull(self.backend.pull(self.model))
-        is_terminal = sys.stderr.isatty()
-        if is_terminal:
-            note(f"loading {self.model} ...", end="\r")
         for _ in self.backend.chat(self._body([])):
             pass
-        if is_terminal:
-            note("\033[2K", end="\r")
 
     def ask(self, prompt: str) -> None:
         """Ask, print the answer, remember both. Ctrl-C stops the answer: what had come is kept."""

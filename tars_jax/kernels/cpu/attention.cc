@@ -52,6 +52,7 @@ void add_block(Plan& plan, AttentionTask task, int64_t begin, int64_t offset, in
 
 void plan_row(Plan& plan, const Attention& a, int64_t row) {
   const int64_t begin = a.query_starts[row], length = a.query_starts[row + 1] - begin, cached = a.kv_lengths[row] - length;
+  if (length <= 0) return;
   AttentionTask task = a.base;
   task.table = a.page_tables + row * a.table_width;
   const int64_t group = std::min<int64_t>(task.heads / task.kv_heads, kQueryRows);
