@@ -14,11 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from tars_jax import ops
-from tars_jax.attention import ragged_attention
-from tars_jax.cache import KVCache, RaggedBatch, write, write_slots
+from tars_jax.cache import KVCache, RaggedBatch, write_slots
 from tars_jax.config import ModelConfig
-
-Rotation = tuple[jax.Array, jax.Array]  # cos and sin of `ops.rope_table`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +122,7 @@ def init(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) ->
 def forward(
     params: Decoder, config: ModelConfig, batch: RaggedBatch, cache: KVCache, *, context: int, dtype: jnp.dtype
 ) -> tuple[jax.Array, KVCache]:
-    """Run a batch: hidden states after the last norm [T, D] in ``dtype``, and the cache with the batch written to it.
+    """Run a batch: states after the last block [T, D] in ``dtype``, and the cache with the batch written to it.
 
     ``context`` is the longest sequence to be served (some rotary scalings depend on it).
     """
@@ -136,7 +133,7 @@ def forward(
     for i, layer in enumerate(params.layers):
         turn = rotation if _rotates(config, i) else None
         x, keys[i], values[i] = _block(layer, config, x, turn, slots, batch, keys[i], values[i])
-    return ops.rms_norm(x, params.norm, config.norm_eps), KVCache(k=tuple(keys), v=tuple(values))
+    return x, KVCache(k=tuple(keys), v=tuple(values))
 
 
 # Jitted although it is only called under jit: layers of one structure are then traced and lowered once.
@@ -145,49 +142,39 @@ def _block(
     layer: Layer,
     config: ModelConfig,
     x: jax.Array,
-    rotation: Rotation | None,
-    slots: tuple[jax.Array, jax.Array],
+    rotation: ops.Rotation | None,
+    slots: ops.Slots,
     batch: RaggedBatch,
     k_pages: jax.Array,
     v_pages: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v = _project(layer, config, ops.rms_norm(x, layer.attention_norm, config.norm_eps), rotation)
-    k_pages, v_pages = write(k_pages, slots, k), write(v_pages, slots, v)
-    heads = ragged_attention(q, k_pages, v_pages, batch, scale=config.head_dim**-0.5, window=config.sliding_window)
-    x = x + _linear(heads.reshape(x.shape[0], -1), layer.o, layer.o_bias)
-    x = x + _mlp(layer, config, ops.rms_norm(x, layer.mlp_norm, config.norm_eps))
-    return x, k_pages, v_pages
+    eps, biases = config.norm_eps, (layer.q_bias, layer.k_bias, layer.v_bias)
+    q, k, v = ops.norm_linear(x, layer.attention_norm, eps, (layer.q, layer.k, layer.v), biases)
+    heads, k_pages, v_pages = ops.attend(
+        q.reshape(-1, config.num_heads, config.head_dim),
+        k.reshape(-1, config.num_kv_heads, config.head_dim),
+        v.reshape(-1, config.num_kv_heads, config.head_dim),
+        (k_pages, v_pages),
+        batch,
+        slots,
+        rotation,
+        (layer.q_norm, layer.k_norm) if config.qk_norm else None,
+        config,
+        with_kernels=ops.uses_kernels(layer.q),
+    )
+    x = ops.linear_add(heads.reshape(q.shape), layer.o, layer.o_bias, x)
+    if layer.gate is None:
+        (inner,) = ops.norm_linear(x, layer.mlp_norm, eps, (layer.up,), (layer.up_bias,), config.activation)
+    else:
+        inner = ops.gated(x, layer.mlp_norm, eps, layer.gate, layer.up, (layer.gate_bias, layer.up_bias), config.activation)
+    return ops.linear_add(inner, layer.down, layer.down_bias, x), k_pages, v_pages
 
 
-def logits(params: Decoder, hidden: jax.Array) -> jax.Array:
-    """Hidden states [N, D] -> float32 logits [N, V]."""
+def logits(params: Decoder, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Last norm and output head: `forward`'s states [N, D] -> float32 logits [N, V]."""
     head = params.embed if params.lm_head is None else params.lm_head
-    return ops.matmul(hidden, head).astype(jnp.float32)
+    return ops.norm_linear(hidden, params.norm, config.norm_eps, (head,), (None,))[0].astype(jnp.float32)
 
 
 def _rotates(config: ModelConfig, layer: int) -> bool:
     return not config.no_rope_interval or (layer + 1) % config.no_rope_interval != 0
-
-
-def _linear(x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Array:
-    y = ops.matmul(x, w)
-    return y if bias is None else y + bias.astype(y.dtype)[None]
-
-
-def _project(layer: Layer, config: ModelConfig, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [T, H, hd], keys and values [T, KV heads, hd], normed and rotated."""
-    q = _linear(x, layer.q, layer.q_bias).reshape(-1, config.num_heads, config.head_dim)
-    k = _linear(x, layer.k, layer.k_bias).reshape(-1, config.num_kv_heads, config.head_dim)
-    v = _linear(x, layer.v, layer.v_bias).reshape(-1, config.num_kv_heads, config.head_dim)
-    if layer.q_norm is not None:
-        q, k = ops.rms_norm(q, layer.q_norm, config.norm_eps), ops.rms_norm(k, layer.k_norm, config.norm_eps)
-    if rotation is not None:
-        q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
-    return q, k, v
-
-
-def _mlp(layer: Layer, config: ModelConfig, x: jax.Array) -> jax.Array:
-    up = _linear(x, layer.up, layer.up_bias)
-    gate = up if layer.gate is None else _linear(x, layer.gate, layer.gate_bias)
-    activated = ops.activate(gate, config.activation)
-    return _linear(activated if layer.gate is None else activated * up, layer.down, layer.down_bias)

@@ -1,19 +1,39 @@
-"""The operations a transformer is made of. Arrays carry tokens first: ``[T, ...]``; statistics and scores are float32."""
+"""The operations a transformer is made of. Arrays carry tokens first: ``[T, ...]``; statistics and scores are float32.
+
+What a kernel does in one call is one function here, with the plain operations that define it. The leaf type of the weights
+decides: `kernels.Tiled` weights go to the kernels, everything else through XLA.
+"""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tars_jax import kernels
+from tars_jax.attention import ragged_attention
+from tars_jax.cache import RaggedBatch, write
 from tars_jax.config import Activation, ModelConfig, RopeScaling
-from tars_jax.quant import LowRank, QArray, Weight, dequantize
+from tars_jax.quant import LowRank, QArray, dequantize
+
+Weight = Any  # an array [O, K], a QArray, a Tiled, or a LowRank on one of them
+Rotation = tuple[jax.Array, jax.Array]  # cos and sin of `rope_table`
+Slots = tuple[jax.Array, jax.Array]  # of `cache.write_slots`
+
+
+def uses_kernels(w: Weight) -> bool:
+    """Whether a weight, or what a low-rank update is based on, is laid out for the kernels."""
+    return isinstance(w.base if isinstance(w, LowRank) else w, kernels.Tiled)
 
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
     """``x @ w.T``: [T, K] times a weight [O, K] -> [T, O], in x's dtype with float32 accumulation."""
     if isinstance(w, LowRank):
         return matmul(x, w.base) + w.scale.astype(x.dtype) * matmul(matmul(x, w.b), w.a)
+    if isinstance(w, kernels.Tiled):
+        return kernels.norm_linear(x, None, 0.0, [w])[0]
     dense = dequantize(w, x.dtype) if isinstance(w, QArray) else w.astype(x.dtype)
     return lax.dot_general(x, dense, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -22,9 +42,78 @@ def take(w: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a weight: [O, K] at ids [T] -> [T, K]."""
     if isinstance(w, LowRank):
         return take(w.base, ids, dtype) + w.scale.astype(dtype) * (w.a[ids] @ w.b).astype(dtype)
+    if isinstance(w, kernels.Tiled):
+        return kernels.take_rows(w, ids, dtype)
     if isinstance(w, QArray):
         return dequantize(jax.tree.map(lambda leaf: leaf[ids], w), dtype)
     return w[ids].astype(dtype)
+
+
+def norm_linear(
+    x: jax.Array,
+    norm: jax.Array,
+    eps: float,
+    weights: Sequence[Weight],
+    biases: Sequence[jax.Array | None],
+    activation: Activation | None = None,
+) -> tuple[jax.Array, ...]:
+    """``activate(rms_norm(x) @ w.T + bias)`` for each of several weights."""
+    if all(isinstance(w, kernels.Tiled) for w in weights):
+        return kernels.norm_linear(x, norm, eps, weights, biases, activation=activation)
+    normed = rms_norm(x, norm, eps)
+    results = [_biased(matmul(normed, w), bias) for w, bias in zip(weights, biases, strict=True)]
+    return tuple(y if activation is None else activate(y, activation) for y in results)
+
+
+def gated(
+    x: jax.Array, norm: jax.Array, eps: float, gate: Weight, up: Weight, biases: Sequence[jax.Array | None], activation: Activation
+) -> jax.Array:
+    """``activate(n @ gate.T + bias) * (n @ up.T + bias)`` of the normed input n (SwiGLU and its kin)."""
+    if isinstance(gate, kernels.Tiled) and isinstance(up, kernels.Tiled):
+        return kernels.gated(x, norm, eps, gate, up, activation, *biases)
+    g, u = norm_linear(x, norm, eps, [gate, up], biases)
+    return activate(g, activation) * u
+
+
+def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array) -> jax.Array:
+    """``residual + x @ w.T + bias``."""
+    if isinstance(w, kernels.Tiled):
+        return kernels.linear_add(x, w, bias, residual)
+    return residual + _biased(matmul(x, w), bias)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: tuple[jax.Array, jax.Array],
+    batch: RaggedBatch,
+    slots: Slots,
+    rotation: Rotation | None,
+    norms: tuple[jax.Array, jax.Array] | None,
+    config: ModelConfig,
+    *,
+    with_kernels: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norm (where a model has it) and rotate the heads, write k and v to their pages, attend.
+
+    q: [T, H, hd]; k, v: [T, KH, hd]; pages: keys and values [N, KH, page, hd]. Returns [T, H, hd] and the pages.
+    """
+    scale, window, eps = config.head_dim**-0.5, config.sliding_window, config.norm_eps
+    if with_kernels:
+        q_norm, k_norm = norms or (None, None)
+        q, k_pages, v_pages = kernels.rope_write(q, k, v, rotation, slots, *pages, q_norm=q_norm, k_norm=k_norm, eps=eps)
+        return kernels.attention(q, k_pages, v_pages, batch, scale=scale, window=window), k_pages, v_pages
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    if rotation is not None:
+        q, k = rope(q, *rotation), rope(k, *rotation)
+    k_pages, v_pages = write(pages[0], slots, k), write(pages[1], slots, v)
+    return ragged_attention(q, k_pages, v_pages, batch, scale=scale, window=window), k_pages, v_pages
+
+
+def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias.astype(y.dtype)[None]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -11,11 +11,11 @@ from tars_jax.loaders.loaded import Model
 Progress = Callable[[int, int, float], None]  # chunks done, chunks in all, perplexity so far
 
 
-def perplexity(model: Model, text: str, *, context: int = 512, progress: Progress | None = None) -> float:
+def perplexity(model: Model, text: str, *, context: int = 512, exact: bool = True, progress: Progress | None = None) -> float:
     """exp of the mean negative log-likelihood of the text's tokens.
 
     The tokens are cut into chunks of ``context`` (a rest is left out); each chunk is run on its own, begun with BOS where
-    the model's metadata asks for one, and its second half is scored. Raises InvalidRequest for a text that is too short.
+    the model's metadata asks for one, and its second half is scored. ``exact`` as in `Model.logits`. Raises InvalidRequest for a text that is too short.
     """
     if not 4 <= context <= model.config.context_length:
         raise InvalidRequest(f"the context must be between 4 and the model's {model.config.context_length} tokens, got {context}")
@@ -28,7 +28,7 @@ def perplexity(model: Model, text: str, *, context: int = 512, progress: Progres
         chunk = ids[i * context : (i + 1) * context]
         if model.tokenizer.add_bos and model.tokenizer.bos_id is not None:
             chunk[0] = model.tokenizer.bos_id
-        scores = log_probabilities(model.logits(chunk)[context // 2 : -1], chunk[context // 2 + 1 :])
+        scores = log_probabilities(model.logits(chunk, exact=exact)[context // 2 : -1], chunk[context // 2 + 1 :])
         total, count = total - float(scores.sum()), count + len(scores)
         if progress:
             progress(i + 1, chunks, math.exp(total / count))

@@ -48,7 +48,7 @@ def our_logits(model: Any, config: ModelConfig, ids: np.ndarray, page: int = 4) 
     cache = init_cache(config, pages + 1, page, np.dtype("float32"))
     table = np.arange(1, pages + 1, dtype=np.int32)[None]
     batch = _single_row(ids, 0, table)
-    scores, _ = _score(params_of(model, config), cache, batch, config=config, dtype="float32", context=len(ids))
+    scores, _ = _score(params_of(model, config), cache, batch, config=config, dtype="float32", context=len(ids), exact=True)
     return np.asarray(scores)[: len(ids)]
 
 

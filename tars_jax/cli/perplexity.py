@@ -14,6 +14,7 @@ def perplexity(
     model: str,
     file: Annotated[Path, typer.Argument(help="A text file; - is stdin.")],
     ctx: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 512,
+    exact: Annotated[bool, typer.Option(help="Unrounded activations; --no-exact computes as the engine does.")] = True,
 ) -> None:
     """Measure how well a model predicts a text (lower is better)."""
     try:
@@ -28,4 +29,4 @@ def perplexity(
     def progress(done: int, total: int, value: float) -> None:
         note(f"[{done}/{total}] {value:.4f}", end="\r" if is_terminal and done < total else "\n")
 
-    print(f"perplexity: {measure(load(model), text, context=ctx, progress=progress):.4f}")
+    print(f"perplexity: {measure(load(model), text, context=ctx, exact=exact, progress=progress):.4f}")

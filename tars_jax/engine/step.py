@@ -59,7 +59,7 @@ def run_step(params: Decoder, state: EngineState, batch: StepBatch, *, config: M
     tokens = state.tokens.at[token_slots, ragged.positions].set(ragged.tokens, mode="drop")
     hidden, cache = forward(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
     history = tokens.at[batch.slots].get(mode="fill", fill_value=0)
-    sampled = sample(logits(params, hidden[ragged.last_tokens]), batch.rows, history, ragged.kv_lengths)
+    sampled = sample(logits(params, config, hidden[ragged.last_tokens]), batch.rows, history, ragged.kv_lengths)
     target = jnp.where(batch.samples, batch.slots, max_rows)
     tokens = tokens.at[target, ragged.kv_lengths].set(sampled.tokens, mode="drop")
     floats = jnp.concatenate([sampled.logprob[:, None], sampled.top_logprobs], axis=1)

@@ -15,6 +15,7 @@ from tars_jax.chat import ChatTemplate
 from tars_jax.config import ModelConfig
 from tars_jax.errors import ContextOverflow, InvalidRequest
 from tars_jax.grammar import Constraint, GrammarCompiler
+from tars_jax.kernels import Tiled, untile
 from tars_jax.model import Decoder, forward, logits
 from tars_jax.tokenizer import Tokenizer
 
@@ -49,8 +50,12 @@ class Model:
         """A fresh matcher for "json" or a JSON schema. Raises InvalidRequest for what cannot be enforced."""
         return self._grammars.compile(grammar)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits after every token, float32 [T, V]. Raises InvalidRequest or ContextOverflow."""
+    def logits(self, ids: Sequence[int], *, exact: bool = True) -> np.ndarray:
+        """Logits after every token, float32 [T, V]. Raises InvalidRequest or ContextOverflow.
+
+        ``exact`` computes with unrounded activations, whatever the layout of the weights; otherwise as the engine does, whose
+        CPU kernels round activations to 8 bits.
+        """
         count = len(ids)
         if not count:
             raise InvalidRequest("logits need at least one token")
@@ -64,7 +69,7 @@ class Model:
         for start in range(0, count, SCORE_TOKENS):
             chunk = np.asarray(ids[start : start + SCORE_TOKENS], np.int32)
             scores, cache = _score(
-                self.params, cache, _single_row(chunk, start, table), config=self.config, dtype=self.dtype, context=count
+                self.params, cache, _single_row(chunk, start, table), config=self.config, dtype=self.dtype, context=count, exact=exact
             )
             parts.append(np.asarray(scores)[: len(chunk)])
         return np.concatenate(parts)
@@ -89,9 +94,15 @@ def _single_row(tokens: np.ndarray, start: int, table: np.ndarray) -> RaggedBatc
     )
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "context"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "dtype", "context", "exact"), donate_argnames="cache")
 def _score(
-    params: Decoder, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, dtype: str, context: int
+    params: Decoder, cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, dtype: str, context: int, exact: bool
 ) -> tuple[jax.Array, KVCache]:
+    if exact:
+        params = jax.tree.map(_plain, params, is_leaf=lambda leaf: isinstance(leaf, Tiled))
     hidden, cache = forward(params, config, batch, cache, context=context, dtype=jnp.dtype(dtype))
-    return logits(params, hidden), cache
+    return logits(params, config, hidden), cache
+
+
+def _plain(leaf: Any) -> Any:
+    return untile(leaf) if isinstance(leaf, Tiled) else leaf

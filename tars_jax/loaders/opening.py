@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from tars_jax import compile_cache
+from tars_jax import compile_cache, kernels
 from tars_jax.chat import CHATML, ChatTemplate
 from tars_jax.config import models_dir
 from tars_jax.errors import ModelFileError
@@ -25,13 +25,14 @@ def load(
     name_or_path: str | Path,
     *,
     store: Store | None = None,
-    weights: Literal["auto", "packed", "dense"] = "auto",
+    weights: WeightForm | Literal["auto"] = "auto",
     progress: Progress | None = None,
 ) -> Model:
     """Open a model by its name in the store or by the path of its file.
 
-    weights: "packed" keeps quantised matrices as they are, "dense" expands them to the compute type; "auto" expands what
-    takes at most a quarter of the free memory, because without a kernel XLA would expand them again on every step.
+    weights: "tiled" lays matrices out for the CPU kernels, "packed" keeps quantised ones as they are, "dense" expands them to
+    the compute type. "auto" is "tiled" on a CPU with kernels; else it expands what takes at most a quarter of the free memory,
+    because XLA alone would expand packed weights again on every step.
     Turns on the persistent compilation cache (see `compile_cache`). Raises ModelNotFound and ModelFileError.
     """
     compile_cache.enable()
@@ -60,6 +61,8 @@ def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def _choose_form(file: GGUFFile, dtype: str) -> WeightForm:
+    if jax.default_backend() == "cpu" and kernels.available():
+        return "tiled"
     elements = sum(math.prod(info.shape) for info in file.tensors.values())
     expanded = elements * (4 if dtype == "float32" else 2)
     return "dense" if expanded <= free_memory() // 4 else "packed"

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax.config import ModelConfig
+from tars_jax.kernels import can_pack, pack_tiles
 from tars_jax.loaders.blocks import Blocks
 from tars_jax.loaders.names import canonical, refuse
 from tars_jax.model import Decoder, leaf_name, spec
-from tars_jax.quant import Weight, pack
+from tars_jax.quant import pack
 
 ReadTensor = Callable[[str, str], np.ndarray | Blocks]  # (name in the file, canonical name) -> value
-WeightForm = Literal["packed", "dense"]
+WeightForm = Literal["tiled", "packed", "dense"]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -31,8 +32,8 @@ def build_params(
 ) -> Decoder:
     """Parameters of a model. ``sizes``: bytes of every tensor in the file; ``source`` names it in errors.
 
-    form "packed" keeps quantised matrices as `QArray`; "dense" makes every matrix an array of ``dtype``. Vectors are
-    float32. Raises ModelFileError that reports all faults together.
+    form "tiled" lays matrices out for the CPU kernels, "packed" keeps quantised ones as `QArray`, "dense" makes every matrix
+    an array of ``dtype``. Vectors are float32. Raises ModelFileError that reports all faults together.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(spec(config))
     expected = {leaf_name(path): leaf.shape for path, leaf in paths}
@@ -53,9 +54,10 @@ def build_params(
     return jax.tree.unflatten(tree, leaves)
 
 
-def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str) -> Weight:
-    if isinstance(value, Blocks) and form == "packed" and len(value.shape) == 2:
-        packed = pack(value.codes, value.scales, value.mins, bits=value.bits, group=value.group)
-        return jax.tree.map(jnp.asarray, packed)
+def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str) -> Any:
+    if len(value.shape) == 2 and (form == "tiled" or (form == "packed" and isinstance(value, Blocks))):
+        packed = pack(value.codes, value.scales, value.mins, bits=value.bits, group=value.group) if isinstance(value, Blocks) else value
+        if form == "packed" or can_pack(packed):
+            return jax.tree.map(jnp.asarray, packed if form == "packed" else pack_tiles(packed))
     dense = value.dequantize() if isinstance(value, Blocks) else value
     return jnp.asarray(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype))

@@ -4,6 +4,9 @@
 #pragma once
 #include "vec.h"
 
+#ifndef PF
+#define PF 2048
+#endif
 namespace tars::TARS_ISA {
 
 // acc[o] += sum over j < 4 of codes[o][j] * x[j], where codes are unsigned and x signed bytes.
@@ -47,6 +50,7 @@ TARS_INLINE Floats load_scales(const uint8_t* p) {
   return load_as(kType, p);
 }
 
+constexpr int kPrefetch = PF;
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 struct QuantizedBlock {
   static constexpr int kHalves = kGroup / kWeightGroup;
@@ -107,10 +111,10 @@ struct QuantizedBlock {
     Floats total[kRows];
     for (int r = 0; r < kRows; ++r) total[r] = splat(0.0f);
     for (int64_t g = 0; g < blocks; ++g, tile += kBytes, x += kPanel) {
-      __builtin_prefetch(tile + 2048);
-      __builtin_prefetch(tile + 2048 + 64);
-      __builtin_prefetch(tile + 2048 + 128);
-      __builtin_prefetch(tile + 2048 + 192);
+      __builtin_prefetch(tile + kPrefetch);
+      __builtin_prefetch(tile + kPrefetch + 64);
+      __builtin_prefetch(tile + kPrefetch + 128);
+      __builtin_prefetch(tile + kPrefetch + 192);
       add_block<kRows>(tile, x, total);
     }
     for (int r = 0; r < kRows; ++r) store(out + r * kLanes, total[r]);
@@ -126,7 +130,7 @@ struct DenseBlock {
     for (int r = 0; r < kRows; ++r) even[r] = odd[r] = splat(0.0f);
     constexpr int kBytes = 2 * kLanes * (kType == DType::kF32 ? 4 : 2);
     for (int64_t b = 0; b < blocks; ++b, tile += kBytes, x += 2 * kPanel) {
-      __builtin_prefetch(tile + 2048);
+      __builtin_prefetch(tile + kPrefetch);
       Floats w0, w1;
       if constexpr (kType == DType::kBF16) {
         Ints pair = load_ints(tile);
@@ -150,7 +154,7 @@ __attribute__((target("avx512bf16"))) static void bf16_rows(const uint8_t* tile,
   __m512 total[kRows][2];
   for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
   for (int64_t b = 0; b + 2 <= blocks; b += 2, tile += 128, x += 2 * kPanel) {
-    __builtin_prefetch(tile + 2048);
+    __builtin_prefetch(tile + kPrefetch);
     __m512bh w0 = (__m512bh)_mm512_loadu_si512(tile), w1 = (__m512bh)_mm512_loadu_si512(tile + 64);
     TARS_UNROLL for (int r = 0; r < kRows; ++r) {
       total[r][0] = _mm512_dpbf16_ps(total[r][0], w0, (__m512bh)_mm512_set1_epi32(x[r]));

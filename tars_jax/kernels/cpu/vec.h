@@ -178,7 +178,8 @@ TARS_INLINE int32_t max_of(Ints a) {
   return x[0];
 }
 
-// 16 half-width numbers, widened. The portable float16 path rebuilds the exponent by a multiplication, which also gets denormals right.
+// 16 half-width numbers, widened. The portable float16 path never
+// forms a float32 denormal: XLA's threads flush those to zero.
 TARS_INLINE Ints widen_u16(const void* p) {
   Ints r;
 #if defined(__AVX512F__)
@@ -199,11 +200,12 @@ TARS_INLINE Floats load_f16(const void* p) {
   const __m128i* q = (const __m128i*)p;
   return {{(FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(q)), (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(q + 1))}};
 #else
-  Ints bits = widen_u16(p);
-  Floats value = as_floats(shift_left<13>(bits & splat(0x7fff))) * splat(0x1p112f);
-  Ints special = less(splat(65535.0f), value);  // infinities and NaNs
-  Ints sign = shift_left<16>(bits & splat(0x8000));
-  return as_floats(as_ints(value) | (special & splat(0x7f800000)) | sign);
+  const Ints bits = widen_u16(p), magnitude = shift_left<13>(bits & splat(0x7fff)), exponent = magnitude & splat(0x7c00 << 13);
+  const Ints normal = magnitude + splat(112 << 23), special = normal + splat(112 << 23);
+  const Floats tiny = as_floats(magnitude + splat(113 << 23)) - splat(0x1p-14f);
+  Ints value = select(less(exponent, splat(1)), as_ints(tiny), normal);
+  value = select(less(splat(0x7bff << 13), exponent), special, value);  // infinities and NaNs
+  return as_floats(value | shift_left<16>(bits & splat(0x8000)));
 #endif
 }
 TARS_INLINE Floats load_bf16(const void* p) { return as_floats(shift_left<16>(widen_u16(p))); }
