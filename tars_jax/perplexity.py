@@ -15,7 +15,8 @@ def perplexity(model: Model, text: str, *, context: int = 512, exact: bool = Tru
     """exp of the mean negative log-likelihood of the text's tokens.
 
     The tokens are cut into chunks of ``context`` (a rest is left out); each chunk is run on its own, begun with BOS where
-    the model's metadata asks for one, and its second half is scored. ``exact`` as in `Model.logits`. Raises InvalidRequest for a text that is too short.
+    the model's metadata asks for one, and its second half is scored. ``exact`` as in `Model.logits`. Raises InvalidRequest
+    for a text that is too short.
     """
     if not 4 <= context <= model.config.context_length:
         raise InvalidRequest(f"the context must be between 4 and the model's {model.config.context_length} tokens, got {context}")
