@@ -20,6 +20,8 @@ $(INSTALLED): pyproject.toml
 	@echo "Setting up $(VENV) with Python $(VERSION) (a minute or two) ..."
 	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@echo "Compiling the CPU kernels ..."
+	@$(BIN)/python -c "from tars_jax import kernels; print(kernels.unavailable_reason() or f'using {kernels.isa()}')"
 	@touch $@
 
 $(TESTED): $(INSTALLED)

@@ -40,10 +40,10 @@ def load_model(stored: StoredModel, store: Store, progress: Callable[[int, int],
 
 
 def make_engine(model: "Model", config: EngineConfig) -> "Engine":
-    """The real engine."""
+    """The real engine of a server: it compiles in the background what later requests will need."""
     from tars_jax.engine.engine import Engine
 
-    return Engine(model, config)
+    return Engine(model, config, warm_up=True)
 
 
 @dataclasses.dataclass(eq=False)

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tars_jax.cli.progress import load_bar
+from tars_jax.config import EngineConfig
 from tars_jax.errors import ModelNotFound, TarsError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from api.models import Models
     from api.settings import Settings
+    from tars_jax.engine.engine import Engine
     from tars_jax.loaders.loaded import Model
     from tars_jax.store import Store, StoredModel
 
@@ -195,4 +197,9 @@ def open_backend(settings: "Settings") -> Backend:
         with load_bar(f"loading {stored.name.short()}") as progress:
             return load_model(stored, store, progress)
 
-    return LocalBackend(Models(Store(settings.models), settings, load=load))
+    def make_engine(model: "Model", config: EngineConfig) -> "Engine":
+        from tars_jax.engine.engine import Engine
+
+        return Engine(model, config)  # one user, soon gone: nothing is compiled ahead
+
+    return LocalBackend(Models(Store(settings.models), settings, load=load, make_engine=make_engine))

@@ -12,10 +12,11 @@ import numpy as np
 
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.pages import PageAllocator
+from tars_jax.engine.programs import Programs
 from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.engine.scheduler import Plan, Scheduler
 from tars_jax.engine.sequence import Sequence
-from tars_jax.engine.step import EngineState, build_batch, init_state, read_row, run_step
+from tars_jax.engine.step import EngineState, buckets, build_batch, empty_batch, init_state, read_row, run_step
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
 from tars_jax.loaders.loaded import Model
 
@@ -50,7 +51,8 @@ def resolve(config: EngineConfig, model: Model) -> EngineConfig:
 class Engine:
     """Runs a model for many requests at once (continuous batching over a paged KV cache)."""
 
-    def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: Model, config: EngineConfig | None = None, *, warm_up: bool = False) -> None:
+        """``warm_up`` compiles every step in the background; otherwise the larger ones wait until they are needed."""
         self.model, self.config = model, resolve(config or EngineConfig(), model)
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -60,6 +62,8 @@ class Engine:
         self._closing = False
         self._state: EngineState
         self._reset()
+        self._programs = Programs(self._lower)
+        self._programs.prepare([1, *(b for b in buckets(self.config) if b > 1 and warm_up)])
         self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
@@ -113,6 +117,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what runs, end the thread and let the device state go. Idempotent."""
+        self._programs.stop()
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -148,8 +153,14 @@ class Engine:
 
     def _dispatch(self, plan: Plan) -> jax.Array:
         batch = build_batch(plan, self.config, self.model.config.vocab_size)
-        self._state, out = run_step(self.model.params, self._state, batch, config=self.model.config, dtype=self.model.dtype)
+        program = self._programs.get(batch.ragged.tokens.shape[0])
+        self._state, out = program(self.model.params, self._state, batch)
         return out
+
+    def _lower(self, bucket: int) -> jax.stages.Lowered:
+        batch = empty_batch(bucket, self.config, self.model.config.vocab_size)
+        abstract = jax.eval_shape(lambda: init_state(self.model.config, self.config))
+        return run_step.lower(self.model.params, abstract, batch, config=self.model.config, dtype=self.model.dtype)
 
     def _commit(self, plan: Plan, out: jax.Array) -> None:
         rows = np.asarray(out)  # waits for the device

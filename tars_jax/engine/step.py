@@ -15,7 +15,7 @@ from flax import struct
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.engine.request import TokenLogprob
-from tars_jax.engine.scheduler import Plan
+from tars_jax.engine.scheduler import Plan, Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.model import Decoder, forward, logits
 from tars_jax.sampling import MAX_TOP_LOGPROBS, SampleRows, sample
@@ -80,26 +80,47 @@ def bucket(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def build_batch(plan: Plan, engine: EngineConfig, vocab_size: int) -> StepBatch:
-    """A plan as arrays, padded to its bucket of T tokens and R = min(T, max_rows) rows."""
-    total = sum(span.count for span in plan)
-    T = bucket(total)
+def buckets(engine: EngineConfig) -> list[int]:
+    """Every size of step an engine may take, smallest first."""
+    return [1 << i for i in range(bucket(engine.max_step_tokens).bit_length())]
+
+
+def empty_batch(T: int, engine: EngineConfig, vocab_size: int) -> StepBatch:
+    """Padding alone: T tokens, R = min(T, max_rows) rows."""
     R = min(T, engine.max_rows)
-    tokens, positions = _filled(T), _filled(T, value=-1)
-    starts, lengths, slots = _filled(R + 1, value=total), _filled(R), _filled(R, value=engine.max_rows)
-    tables = _filled(R, -(-engine.max_context // engine.page_size))
-    samples = _filled(R, dtype=np.bool_)
+    ragged = RaggedBatch(
+        tokens=_filled(T),
+        positions=_filled(T, value=-1),
+        query_starts=_filled(R + 1),
+        kv_lengths=_filled(R),
+        page_tables=_filled(R, -(-engine.max_context // engine.page_size)),
+    )
+    return StepBatch(
+        ragged=ragged, slots=_filled(R, value=engine.max_rows), samples=_filled(R, dtype=np.bool_), rows=_empty_rows(R, vocab_size)
+    )
+
+
+def build_batch(plan: Plan, engine: EngineConfig, vocab_size: int) -> StepBatch:
+    """A plan as arrays, padded to its bucket."""
+    batch: Any = empty_batch(bucket(sum(span.count for span in plan)), engine, vocab_size)
     at = 0
     for r, span in enumerate(plan):
-        sequence, end = span.sequence, span.start + span.count
-        known = sequence.tokens[span.start : end]
-        tokens[at : at + span.count] = known + [FROM_DEVICE] * (span.count - len(known))
-        positions[at : at + span.count] = np.arange(span.start, end)
-        starts[r], lengths[r], slots[r], samples[r] = at, end, sequence.slot, span.samples
-        tables[r, : len(sequence.pages)] = sequence.pages
+        _fill_ragged(batch, r, span, at)
         at += span.count
-    ragged = RaggedBatch(tokens=tokens, positions=positions, query_starts=starts, kv_lengths=lengths, page_tables=tables)
-    return StepBatch(ragged=ragged, slots=slots, samples=samples, rows=_sample_rows(plan, R, engine.max_context, vocab_size))
+        if span.samples:
+            _fill_row(batch.rows, r, span.sequence, engine.max_context)
+    batch.ragged.query_starts[len(plan) :] = at
+    return batch
+
+
+def _fill_ragged(batch: Any, r: int, span: Span, at: int) -> None:
+    sequence, end = span.sequence, span.start + span.count
+    known = sequence.tokens[span.start : end]
+    batch.ragged.tokens[at : at + span.count] = known + [FROM_DEVICE] * (span.count - len(known))
+    batch.ragged.positions[at : at + span.count] = range(span.start, end) if span.count > 1 else span.start
+    batch.ragged.query_starts[r], batch.ragged.kv_lengths[r] = at, end
+    batch.ragged.page_tables[r, : len(sequence.pages)] = sequence.pages
+    batch.slots[r], batch.samples[r] = sequence.slot, span.samples
 
 
 def _filled(*shape: int, value: float = 0, dtype: type = np.int32) -> Any:
@@ -107,9 +128,9 @@ def _filled(*shape: int, value: float = 0, dtype: type = np.int32) -> Any:
     return np.full(shape, value, dtype)
 
 
-def _sample_rows(plan: Plan, R: int, max_context: int, vocab_size: int) -> SampleRows:
-    """Padding rows and rows that do not sample are greedy: they cost nothing."""
-    rows = SampleRows(
+def _empty_rows(R: int, vocab_size: int) -> SampleRows:
+    """Greedy rows: they cost nothing."""
+    return SampleRows(
         temperature=_filled(R, dtype=np.float32),
         top_k=_filled(R),
         top_p=_filled(R, value=1, dtype=np.float32),
@@ -123,10 +144,6 @@ def _sample_rows(plan: Plan, R: int, max_context: int, vocab_size: int) -> Sampl
         masked=_filled(R, dtype=np.bool_),
         allowed=_filled(R, -(-vocab_size // 32), dtype=np.uint32),
     )
-    for r, span in enumerate(plan):
-        if span.samples:
-            _fill_row(rows, r, span.sequence, max_context)
-    return rows
 
 
 def _fill_row(rows: Any, r: int, sequence: Sequence, max_context: int) -> None:

@@ -21,16 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jaxlib
+from jaxlib.version import __version__ as jaxlib_version
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libtars_cpu.so"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi")
 # Flags of single files. The portable path is a fallback: -O2 halves its compile time.
-X86_FLAGS = {
+X86_FLAGS: dict[str, tuple[str, ...]] = {
     "isa_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
     "isa_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
 }
-FILE_FLAGS = {"isa_portable.cc": ("-O2",)}
+FILE_FLAGS: dict[str, tuple[str, ...]] = {"isa_portable.cc": ("-O2",)}
 COMPILE_JOBS = 2
 COMPILE_TIMEOUT = 300  # seconds a file
 
@@ -89,8 +90,8 @@ def check(directory: Path) -> str | None:
         return f"{directory / LIBRARY} is for {manifest.machine}"
     if manifest.sources != source_hash():
         return f"{directory / LIBRARY} was built from other sources"
-    if _version(manifest.jaxlib) > _version(jaxlib.__version__):  # the other way round works
-        return f"{directory / LIBRARY} was built for jaxlib {manifest.jaxlib}, newer than {jaxlib.__version__}"
+    if _version(manifest.jaxlib) > _version(jaxlib_version):  # the other way round works
+        return f"{directory / LIBRARY} was built for jaxlib {manifest.jaxlib}, newer than {jaxlib_version}"
     return None
 
 
@@ -100,7 +101,7 @@ def ensure() -> Path:
     if check(installed) is None:
         return installed / LIBRARY
     compiler = find_compiler()
-    key = hashlib.sha256(f"{source_hash()} {jaxlib.__version__} {_compiler_version(compiler)}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{source_hash()} {jaxlib_version} {_compiler_version(compiler)}".encode()).hexdigest()[:32]
     directory = cache_dir() / key
     if check(directory) is not None:
         build(directory, compiler)
@@ -121,7 +122,7 @@ def build(directory: Path, compiler: list[str] | None = None) -> None:
                 _compile(command, Path(scratch))
                 library = Path(scratch) / LIBRARY
                 contents = hashlib.sha256(library.read_bytes()).hexdigest()
-                manifest = Manifest(source_hash(), jaxlib.__version__, platform.machine(), contents)
+                manifest = Manifest(source_hash(), jaxlib_version, platform.machine(), contents)
                 described = Path(scratch) / "manifest"
                 described.write_text(json.dumps(dataclasses.asdict(manifest)))
                 # Replaced one after the other: between the two the hashes disagree, which reads as "not built".
@@ -138,7 +139,7 @@ def _compile(compiler: list[str], scratch: Path) -> None:
 
     def unit(index: int) -> None:
         path = units[index]
-        extra = FILE_FLAGS.get(path.name, ())
+        extra: tuple[str, ...] = FILE_FLAGS.get(path.name, ())
         if platform.machine().lower() in ("x86_64", "amd64"):
             extra += X86_FLAGS.get(path.name, ())
         include = Path(jaxlib.__file__).parent / "include"

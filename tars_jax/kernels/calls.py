@@ -1,18 +1,28 @@
 """The kernels as jax functions. Each is one custom call; what it computes stands beside it in plain operations."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tars_jax.cache import RaggedBatch
 from tars_jax.config import Activation
 from tars_jax.kernels import library
 from tars_jax.kernels.tiled import Tiled
 
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+
+
+class Batch(Protocol):
+    """What `attention` reads of a `cache.RaggedBatch`, which stands above this package."""
+
+    @property
+    def query_starts(self) -> jax.Array: ...
+    @property
+    def kv_lengths(self) -> jax.Array: ...
+    @property
+    def page_tables(self) -> jax.Array: ...
 
 
 def norm_linear(
@@ -86,7 +96,7 @@ def rope_write(
 
 
 def attention(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: RaggedBatch, *, scale: float, window: int = 0, softcap: float = 0.0
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: Batch, *, scale: float, window: int = 0, softcap: float = 0.0
 ) -> jax.Array:
     """`attention.ragged_attention`; with ``softcap`` scores become ``softcap * tanh(score / softcap)`` (Gemma 2)."""
     library.get()

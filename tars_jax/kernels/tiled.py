@@ -1,6 +1,7 @@
 """`Tiled`: a weight repacked for the CPU kernels, and the way in and out of that layout (described in cpu/format.h)."""
 
 import ctypes
+import dataclasses
 import math
 import os
 from typing import Any, Literal
@@ -58,21 +59,15 @@ def pack_tiles(w: QArray | np.ndarray | jax.Array, threads: int | None = None) -
     """Repack a weight; the data is a numpy array aligned so that jax takes it without a copy. Raises ValueError, RuntimeError."""
     if not can_pack(w):
         raise ValueError(f"cannot tile a weight of type {type(w).__name__}, shape {getattr(w, 'shape', None)}")
-    if isinstance(w, QArray):
-        kind: Kind = "symmetric" if w.mins is None else "affine"
-        tiled = Tiled(np.empty(0, np.uint8), _pair(w.shape), kind, w.bits, w.group, str(w.scales.dtype))
-        parts = [w.codes, w.scales, w.mins]
-    else:
-        dtype = str(w.dtype)
-        tiled = Tiled(np.empty(0, np.uint8), _pair(w.shape), "dense", 32 if dtype == "float32" else 16, 0, dtype)
-        parts = [w, None, None]
-    tiles, size = _layout(tiled.format)
-    data = _aligned(tiles * size).reshape(tiles, size)
+    parts: list[Any] = [w.codes, w.scales, w.mins] if isinstance(w, QArray) else [w, None, None]
     arrays = [None if part is None else np.ascontiguousarray(np.asarray(part)) for part in parts]
+    tiled = _describe(w)
+    tiles, size = _layout(tiled.format)
+    data: Any = _aligned(tiles * size).reshape(tiles, size)
     pointers = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in arrays]
     fields = (ctypes.c_int64 * 6)(*tiled.format)
     library.get().tars_pack(fields, *pointers, ctypes.c_void_p(data.ctypes.data), ctypes.c_int64(threads or min(os.cpu_count() or 1, 8)))
-    return tiled.replace(data=data)
+    return dataclasses.replace(tiled, data=data)
 
 
 def untile(w: Tiled) -> jax.Array:
@@ -107,6 +102,17 @@ def take_rows(w: Tiled, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     return call(w.data, ids.astype(jnp.int32), formats=np.array(w.format, np.int64)).astype(dtype)
 
 
+def _describe(w: QArray | np.ndarray | jax.Array) -> Tiled:
+    """A `Tiled` with everything but the data."""
+    outputs, inputs = w.shape
+    nothing: Any = np.empty(0, np.uint8)
+    if isinstance(w, QArray):
+        kind: Kind = "symmetric" if w.mins is None else "affine"
+        return Tiled(nothing, (int(outputs), int(inputs)), kind, w.bits, w.group, str(w.scales.dtype))
+    dtype = str(w.dtype)
+    return Tiled(nothing, (int(outputs), int(inputs)), "dense", 32 if dtype == "float32" else 16, 0, dtype)
+
+
 def _untile_dense(w: Tiled) -> jax.Array:
     values = _floats(jnp.asarray(w.data), w.dtype).reshape(w.data.shape[0], -1, 2 * LANES)
     if w.dtype == "bfloat16":  # pairs of inputs per output
@@ -133,10 +139,6 @@ def _block_bytes(format: Format) -> int:
     if not group:
         return 2 * LANES * size
     return LANES * GROUP * bits // 8 + LANES * (GROUP // group) * size * (1 + affine)
-
-
-def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
-    return int(shape[0]), int(shape[1])
 
 
 def _aligned(size: int, to: int = 64) -> np.ndarray:

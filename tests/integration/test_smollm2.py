@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from tars_jax import Engine, EngineConfig, SamplingParams, load
+from tars_jax import Engine, EngineConfig, SamplingParams, kernels, load
 from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
 from tars_jax.perplexity import log_probabilities, perplexity
 
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"no CPU kernels: {kernels.unavailable_reason()}")
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 
 
@@ -24,6 +25,11 @@ def collect(engine: Engine, prompt: str, params: SamplingParams) -> list[Output]
     while answers[-1].finish_reason is None:
         answers.append(outputs.get(timeout=120))
     return answers
+
+
+@pytest.fixture(scope="module")
+def dense(smollm2_path: Path) -> Any:
+    return load(smollm2_path, weights="dense")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +60,27 @@ def test_first_greedy_tokens_agree_with_llama_cpp(teacher_forced: Any) -> None:
         assert int(logits[0].argmax()) == recorded["tokens"][0]
 
 
-def test_packed_weights_give_the_logits_of_dense_ones(smollm2: Any, smollm2_path: Path) -> None:
-    packed = load(smollm2_path, weights="packed")
-    ids = smollm2.tokenizer.encode("The lighthouse at the end of the breakwater")
-    assert packed.nbytes < smollm2.nbytes / 4
-    np.testing.assert_allclose(packed.logits(ids), smollm2.logits(ids), atol=2e-3)
+@pytest.mark.parametrize("form", ["packed", pytest.param("tiled", marks=needs_kernels)])
+def test_every_form_of_the_weights_gives_the_same_logits(dense: Any, smollm2_path: Path, form: Any) -> None:
+    model = load(smollm2_path, weights=form)
+    ids = dense.tokenizer.encode("The lighthouse at the end of the breakwater")
+    assert model.nbytes < dense.nbytes / 4
+    np.testing.assert_allclose(model.logits(ids), dense.logits(ids), atol=2e-3)
+
+
+@needs_kernels
+def test_perplexity_with_kernels_is_within_half_a_percent(smollm2: Any) -> None:
+    text = (Path(__file__).parents[1] / "golden" / "perplexity.txt").read_text()
+    assert perplexity(smollm2, text, context=512, exact=False) == pytest.approx(22.466, rel=0.005)
+
+
+def test_the_plain_engine_writes_llama_cpps_text(dense: Any, golden: dict[str, Any]) -> None:
+    engine = Engine(dense, EngineConfig(max_context=128))
+    entry = golden["f16"]["greedy"][0]
+    try:
+        assert "".join(engine.generate(entry["prompt"], SamplingParams(max_tokens=48, temperature=0))) == entry["text"]
+    finally:
+        engine.close()
 
 
 def test_perplexity_agrees_with_llama_cpp(smollm2: Any) -> None:
@@ -70,7 +92,7 @@ def test_the_engine_writes_what_the_logits_say(smollm2_engine: Engine, golden: d
     for entry in golden["f16"]["greedy"][:3]:
         text = "".join(smollm2_engine.generate(entry["prompt"], GREEDY))
         ids = entry["prompt_ids"] + smollm2_engine.model.tokenizer.encode(text)
-        logits = smollm2_engine.model.logits(ids)[len(entry["prompt_ids"]) - 1 : -1]
+        logits = smollm2_engine.model.logits(ids, exact=False)[len(entry["prompt_ids"]) - 1 : -1]
         assert logits.argmax(-1).tolist() == ids[len(entry["prompt_ids"]) :]
 
 
@@ -117,7 +139,7 @@ def test_logprobs_come_with_the_tokens(smollm2_engine: Engine, golden: dict[str,
     got = [logprob for output in outputs for logprob in output.logprobs]
     assert [logprob.token_id for logprob in got] == entry["tokens"][:4]
     for ours, theirs in zip(got, entry["logprobs"], strict=False):
-        assert ours.logprob == pytest.approx(theirs["logprob"], abs=0.02)
+        assert ours.logprob == pytest.approx(theirs["logprob"], abs=0.2)  # the engine's activations have 8 bits
         assert ours.top[0] == (ours.token_id, pytest.approx(ours.logprob, abs=1e-5))
 
 

@@ -16,8 +16,9 @@ constexpr int kFewTokens = 64;     // tokens per softmax update of a single quer
 TARS_INLINE int64_t padded_dim(const AttentionTask& t) { return ceil_div(t.head_dim, kLanes) * kLanes; }
 
 TARS_INLINE const char* cached(const AttentionTask& t, const void* pages, int64_t token) {
-  const int64_t page = t.table[token / t.page];
-  return static_cast<const char*>(pages) + ((page * t.kv_heads + t.kv_head) * t.page + token % t.page) * t.head_dim * size_of(t.cache_type);
+  const int64_t index = t.page_shift >= 0 ? token >> t.page_shift : token / t.page;
+  const int64_t slot = (t.table[index] * t.kv_heads + t.kv_head) * t.page + token - index * t.page;
+  return static_cast<const char*>(pages) + slot * t.head_dim * size_of(t.cache_type);
 }
 
 // Pages lie apart, so the processor's own prefetcher stops at each page's end.
@@ -163,8 +164,8 @@ static void store_head(const AttentionTask& t, int64_t query, int64_t head, cons
 
 static void scatter_values(const AttentionTask& t, const Lanes& s, float* row) {
   for (int64_t r = 0; r < t.count * t.group; ++r) {
-    const float total = s.total[r] < 1e-30f ? 1e-30f : s.total[r];
-    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r] / total;
+    const float inverse = 1.0f / (s.total[r] < 1e-30f ? 1e-30f : s.total[r]);
+    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r] * inverse;
     store_head(t, r / t.group, r % t.group, row);
   }
 }
@@ -290,16 +291,15 @@ static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
   float maximum[kHeads], total[kHeads], decay[kHeads];
   for (int h = 0; h < kHeads; ++h) {
     const int64_t at = (t.first * t.heads + t.head + head + h) * t.head_dim;
-    float row[kLanes];
     for (int64_t d = 0; d < padded; d += kLanes) {
       const int64_t left = t.head_dim - d < kLanes ? t.head_dim - d : kLanes;
       Floats x = left > 0 ? load_some(t.q_type, static_cast<const char*>(t.q) + (at + d) * size_of(t.q_type), static_cast<int>(left)) : splat(0.0f);
-      store(row, x * splat(t.scale));
-      std::memcpy(queries + h * padded + d, row, sizeof row);
+      store(queries + h * padded + d, x * splat(t.scale));
       store(values + h * padded + d, splat(0.0f));
     }
     maximum[h] = kMasked, total[h] = 0.0f;
   }
+  for (int64_t i = t.begin; i < t.end && i < t.begin + kFewTokens; ++i) prefetch_token(t, t.k_pages, i);
   for (int64_t begin = t.begin; begin < t.end; begin += kFewTokens) {
     const int tokens = static_cast<int>(t.end - begin < kFewTokens ? t.end - begin : kFewTokens);
     for (int i = 0; i < tokens; i += kLanes) score_few<kType, kHeads>(t, queries, begin + i, tokens - i, scores + i);

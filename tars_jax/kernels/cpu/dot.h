@@ -4,10 +4,9 @@
 #pragma once
 #include "vec.h"
 
-#ifndef PF
-#define PF 2048
-#endif
 namespace tars::TARS_ISA {
+
+constexpr int kPrefetch = 4096;  // bytes ahead of the codes being read: what memory delivers to one core in its own latency
 
 // acc[o] += sum over j < 4 of codes[o][j] * x[j], where codes are unsigned and x signed bytes.
 // kWide: codes reach 255; otherwise at most 15, which lets AVX2 sum pairs in 16 bits.
@@ -45,12 +44,6 @@ constexpr bool kSignedBytes = true;  // `dot4<true>` has removed the offset of 1
 constexpr bool kSignedBytes = false;
 #endif
 
-template <DType kType>
-TARS_INLINE Floats load_scales(const uint8_t* p) {
-  return load_as(kType, p);
-}
-
-constexpr int kPrefetch = PF;
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 struct QuantizedBlock {
   static constexpr int kHalves = kGroup / kWeightGroup;
@@ -97,10 +90,10 @@ struct QuantizedBlock {
       Ints acc[kRows];
       dot_codes<kRows>(block, half, x, acc);
       const uint8_t* scales = block + kCodeBytes + half * kScaleBytes;
-      Floats scale = load_scales<kType>(scales);
+      Floats scale = load_as(kType, scales);
       TARS_UNROLL for (int r = 0; r < kRows; ++r) total[r] = fma(to_floats(acc[r]) * splat(x[r].scale), scale, total[r]);
       if constexpr (kAffine) {
-        Floats min = load_scales<kType>(scales + kHalves * kScaleBytes);
+        Floats min = load_as(kType, scales + kHalves * kScaleBytes);
         TARS_UNROLL for (int r = 0; r < kRows; ++r) total[r] = fma(splat(group_sum(x[r], half)), min, total[r]);
       }
     }
@@ -111,10 +104,7 @@ struct QuantizedBlock {
     Floats total[kRows];
     for (int r = 0; r < kRows; ++r) total[r] = splat(0.0f);
     for (int64_t g = 0; g < blocks; ++g, tile += kBytes, x += kPanel) {
-      __builtin_prefetch(tile + kPrefetch);
-      __builtin_prefetch(tile + kPrefetch + 64);
-      __builtin_prefetch(tile + kPrefetch + 128);
-      __builtin_prefetch(tile + kPrefetch + 192);
+      TARS_UNROLL for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tile + kPrefetch + line);
       add_block<kRows>(tile, x, total);
     }
     for (int r = 0; r < kRows; ++r) store(out + r * kLanes, total[r]);

@@ -102,6 +102,7 @@ ffi::Error attention(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuff
   t.head_dim = q.dimensions()[2];
   t.kv_heads = k_pages.dimensions()[1];
   t.page = k_pages.dimensions()[2];
+  t.page_shift = t.page & (t.page - 1) ? -1 : __builtin_ctzll(t.page);
   t.window = window;
   t.scale = scale;
   t.softcap = softcap;

@@ -33,6 +33,7 @@ struct AttentionTask {
   DType cache_type;
   const int32_t* table;  // the row's pages
   int64_t heads, kv_heads, head_dim, page;
+  int64_t page_shift;  // log2(page), or -1: a division per cached token would cost as much as its arithmetic
   int64_t kv_head, head, group;
   int64_t first, count;
   int64_t position;  // of query `first`

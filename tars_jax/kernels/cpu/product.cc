@@ -7,10 +7,7 @@ namespace {
 
 constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels stay in a 1 MiB second-level cache
 constexpr int64_t kChunkBytes = 64 << 10;
-#ifndef CPT
-#define CPT 8
-#endif
-constexpr int64_t kChunksPerThread = CPT;
+constexpr int64_t kChunksPerThread = 6;
 constexpr int64_t kFewRows = 8;  // up to here bfloat16 weights are memory-bound, and activations may as well stay float32
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 

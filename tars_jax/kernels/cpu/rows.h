@@ -45,10 +45,8 @@ TARS_INLINE void quantize_group(const float* x, ActivationGroup* out) {
   const Floats magic = splat(12582912.0f);
   const Ints magic_bits = splat(0x4b400000);
   Ints low = as_ints(a * splat(inverse) + magic) - magic_bits, high = as_ints(b * splat(inverse) + magic) - magic_bits;
-  int32_t codes[kGroup];
-  store(codes, low);
-  store(codes + kLanes, high);
-  for (int i = 0; i < kGroup; ++i) out->codes[i] = static_cast<int8_t>(codes[i]);
+  store_bytes(out->codes, low);
+  store_bytes(out->codes + kLanes, high);
   const int32_t low_sum = sum(low), total = low_sum + sum(high);
   out->scale = top / 127.0f;
   out->sum = out->scale * static_cast<float>(total);
@@ -107,11 +105,9 @@ static void finish_tile(const Finish& f, const float* sums, const float* other, 
     const int64_t at = (row + r) * f.outputs + column;
     if (f.residual) {
       const char* p = static_cast<const char*>(f.residual) + at * in_size;
-      y = y + (lanes == kLanes ? load_as(f.residual_type, p) : load_some(f.residual_type, p, lanes));
+      y = y + load_some(f.residual_type, p, lanes);
     }
-    char* p = static_cast<char*>(f.out) + at * out_size;
-    if (lanes == kLanes) store_as(f.out_type, p, y);
-    else store_some(f.out_type, p, y, lanes);
+    store_some(f.out_type, static_cast<char*>(f.out) + at * out_size, y, lanes);
   }
 }
 

@@ -164,6 +164,9 @@ TARS_INLINE int32_t sum(Ints a) {
 #endif
 }
 TARS_INLINE float max_of(Floats a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)a.part[0]);
+#endif
   float x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n > 0; n /= 2)
@@ -171,11 +174,25 @@ TARS_INLINE float max_of(Floats a) {
   return x[0];
 }
 TARS_INLINE int32_t max_of(Ints a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)a.part[0]);
+#endif
   int32_t x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
   return x[0];
+}
+
+// The low byte of each lane.
+TARS_INLINE void store_bytes(int8_t* p, Ints a) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)a.part[0]));
+#else
+  int32_t x[kLanes];
+  store(x, a);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x[i]);
+#endif
 }
 
 // 16 half-width numbers, widened. The portable float16 path never
@@ -271,13 +288,15 @@ TARS_INLINE void store_as(DType type, void* p, Floats a) {
     default: return store(static_cast<float*>(p), a);
   }
 }
-// The first n < 16 numbers; the rest is zero and its memory is not touched.
+// The first n <= 16 numbers; the rest is zero and its memory is not touched.
 TARS_INLINE Floats load_some(DType type, const void* p, int n) {
+  if (n == kLanes) return load_as(type, p);
   char buffer[sizeof(Floats)] = {};
   std::memcpy(buffer, p, n * size_of(type));
   return load_as(type, buffer);
 }
 TARS_INLINE void store_some(DType type, void* p, Floats a, int n) {
+  if (n == kLanes) return store_as(type, p, a);
   char buffer[sizeof(Floats)];
   store_as(type, buffer, a);
   std::memcpy(p, buffer, n * size_of(type));

@@ -1,0 +1,62 @@
+"""The compiled steps of an engine, one per token bucket: made ahead in the background, or when first needed."""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+Program = Callable[..., Any]
+STACK_BYTES = 64 << 20  # XLA's compiler recurses deeper than a thread's usual 8 MiB allows
+
+
+class Programs:
+    """Compiles ``lower(bucket)``, each bucket once, whoever asks first."""
+
+    def __init__(self, lower: Callable[[int], jax.stages.Lowered]) -> None:
+        self._lower = lower
+        self._programs: dict[int, Future[Program]] = {}
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def get(self, bucket: int) -> Program:
+        """The compiled step of a bucket; waits for it. What went wrong in compiling is raised here."""
+        future, is_new = self._claim(bucket)
+        if is_new:
+            self._compile(bucket, future)
+        return future.result()
+
+    def prepare(self, buckets: Iterable[int]) -> None:
+        """Compile buckets in a thread of their own, one after the other."""
+        thread = threading.Thread(target=self._prepare, args=(list(buckets),), name="compile", daemon=True)
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+
+    def stop(self) -> None:
+        """Begin no further compilation in the background."""
+        self._stopped = True
+
+    def _prepare(self, buckets: list[int]) -> None:
+        for bucket in buckets:
+            if self._stopped:
+                return
+            future, is_new = self._claim(bucket)
+            if is_new:
+                self._compile(bucket, future)
+
+    def _claim(self, bucket: int) -> tuple[Future[Program], bool]:
+        with self._lock:
+            is_new = bucket not in self._programs
+            return self._programs.setdefault(bucket, Future()), is_new
+
+    def _compile(self, bucket: int, future: Future[Program]) -> None:
+        try:
+            future.set_result(self._lower(bucket).compile())
+        except BaseException as error:
+            with self._lock:
+                del self._programs[bucket]  # the next one to ask tries again
+            future.set_exception(error)
