@@ -376,8 +376,9 @@ def test_a_closed_pipe_is_quiet(store: Store) -> None:
 
 
 def test_perplexity(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(model: str, text: str, *, context: int, progress: Callable[[int, int, float], None]) -> float:
+    def measure(model: str, text: str, *, context: int, exact: bool, progress: Callable[[int, int, float], None]) -> float:
         progress(1, 1, 5.0)
+        assert exact
         return float(f"{len(text)}.{context}")
 
     monkeypatch.setattr("tars_jax.loaders.opening.load", lambda name: name)
