@@ -1,12 +1,11 @@
 // One tile of 16 outputs times up to 8 activation rows: the inner loops of every matrix product.
 //
+// No software prefetch: tiles are read in one direction, and any distance tried (1 to 12 KiB) cost a fifth against the processor's own.
 // A row's result does not depend on how many rows run with it: each row has its own accumulator and the groups come in one order.
 #pragma once
 #include "vec.h"
 
 namespace tars::TARS_ISA {
-
-constexpr int kPrefetch = 4096;  // bytes ahead of the codes being read: what memory delivers to one core in its own latency
 
 // acc[o] += sum over j < 4 of codes[o][j] * x[j], where codes are unsigned and x signed bytes.
 // kWide: codes reach 255; otherwise at most 15, which lets AVX2 sum pairs in 16 bits.
@@ -104,7 +103,6 @@ struct QuantizedBlock {
     Floats total[kRows];
     for (int r = 0; r < kRows; ++r) total[r] = splat(0.0f);
     for (int64_t g = 0; g < blocks; ++g, tile += kBytes, x += kPanel) {
-      TARS_UNROLL for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tile + kPrefetch + line);
       add_block<kRows>(tile, x, total);
     }
     for (int r = 0; r < kRows; ++r) store(out + r * kLanes, total[r]);
@@ -120,7 +118,6 @@ struct DenseBlock {
     for (int r = 0; r < kRows; ++r) even[r] = odd[r] = splat(0.0f);
     constexpr int kBytes = 2 * kLanes * (kType == DType::kF32 ? 4 : 2);
     for (int64_t b = 0; b < blocks; ++b, tile += kBytes, x += 2 * kPanel) {
-      __builtin_prefetch(tile + kPrefetch);
       Floats w0, w1;
       if constexpr (kType == DType::kBF16) {
         Ints pair = load_ints(tile);
@@ -144,7 +141,6 @@ __attribute__((target("avx512bf16"))) static void bf16_rows(const uint8_t* tile,
   __m512 total[kRows][2];
   for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
   for (int64_t b = 0; b + 2 <= blocks; b += 2, tile += 128, x += 2 * kPanel) {
-    __builtin_prefetch(tile + kPrefetch);
     __m512bh w0 = (__m512bh)_mm512_loadu_si512(tile), w1 = (__m512bh)_mm512_loadu_si512(tile + 64);
     TARS_UNROLL for (int r = 0; r < kRows; ++r) {
       total[r][0] = _mm512_dpbf16_ps(total[r][0], w0, (__m512bh)_mm512_set1_epi32(x[r]));
