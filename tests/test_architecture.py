@@ -13,6 +13,7 @@ ORDER = [
     "tars_jax.errors",
     "tars_jax.config",
     "tars_jax.compile_cache",
+    "tars_jax.memory",
     "tars_jax.quant",
     "tars_jax.cache",
     "tars_jax.kernels",

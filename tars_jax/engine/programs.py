@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from tars_jax import memory
+
 Program = Callable[..., Any]
 STACK_BYTES = 64 << 20  # XLA's compiler recurses deeper than a thread's usual 8 MiB allows
 
@@ -55,7 +57,9 @@ class Programs:
 
     def _compile(self, bucket: int, future: Future[Program]) -> None:
         try:
-            future.set_result(self._lower(bucket).compile())
+            program = self._lower(bucket).compile()
+            memory.trim()
+            future.set_result(program)
         except BaseException as error:
             with self._lock:
                 del self._programs[bucket]  # the next one to ask tries again

@@ -1,13 +1,12 @@
 """Opening models: `load` takes a name from the store or a path, and gives a `Model`."""
 
 import math
-import os
 from pathlib import Path
 from typing import Literal
 
 import jax
 
-from tars_jax import compile_cache, kernels
+from tars_jax import compile_cache, kernels, memory
 from tars_jax.chat import CHATML, ChatTemplate
 from tars_jax.config import models_dir
 from tars_jax.errors import ModelFileError
@@ -45,6 +44,7 @@ def load(
     form = _choose_form(file, dtype) if weights == "auto" else weights
     table, sizes, read = tensor_reader(file, config)
     params = build_params(config, table, sizes, read, source=str(path), form=form, dtype=dtype, progress=progress)
+    memory.trim()
     tokenizer = Tokenizer.from_gguf(file.metadata)
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelFileError(f"{path}: {tokenizer.vocab_size} tokens but only {config.vocab_size} embeddings")
@@ -65,13 +65,4 @@ def _choose_form(file: GGUFFile, dtype: str) -> WeightForm:
         return "tiled"
     elements = sum(math.prod(info.shape) for info in file.tensors.values())
     expanded = elements * (4 if dtype == "float32" else 2)
-    return "dense" if expanded <= free_memory() // 4 else "packed"
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be taken without swapping: MemAvailable on Linux, elsewhere half of what is installed."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return "dense" if expanded <= memory.free_bytes() // 4 else "packed"

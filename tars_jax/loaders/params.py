@@ -60,4 +60,5 @@ def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str) -> Any:
         if form == "packed" or can_pack(packed):
             return jax.tree.map(jnp.asarray, packed if form == "packed" else pack_tiles(packed))
     dense = value.dequantize() if isinstance(value, Blocks) else value
-    return jnp.asarray(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype))
+    # A copy: jax would otherwise keep the file's map, and with it the whole file, in memory for a norm's sake.
+    return jnp.array(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype), copy=True)
