@@ -1,5 +1,6 @@
 """The machine's memory: how much is free, and giving back what is not needed."""
 
+import contextlib
 import ctypes
 import os
 
@@ -15,7 +16,5 @@ def free_bytes() -> int:
 
 def trim() -> None:
     """Return freed memory to the system: loading and compiling leave 50 to 100 MB behind in glibc's heaps."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another C library

@@ -1,6 +1,7 @@
 """The default model, end to end, against what llama.cpp recorded on the same file."""
 
 import queue
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ def collect(engine: Engine, prompt: str, params: SamplingParams) -> list[Output]
 @pytest.fixture(scope="module")
 def dense(smollm2_path: Path) -> Any:
     return load(smollm2_path, weights="dense")
+
+
+@pytest.fixture(scope="module")
+def dense_engine(dense: Any) -> Iterator[Engine]:
+    engine = Engine(dense, EngineConfig(max_context=128, max_rows=8, max_step_tokens=128))
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +82,9 @@ def test_perplexity_with_kernels_is_within_half_a_percent(smollm2: Any) -> None:
     assert perplexity(smollm2, text, context=512, exact=False) == pytest.approx(22.466, rel=0.005)
 
 
-def test_the_plain_engine_writes_llama_cpps_text(dense: Any, golden: dict[str, Any]) -> None:
-    engine = Engine(dense, EngineConfig(max_context=128))
+def test_the_plain_engine_writes_llama_cpps_text(dense_engine: Engine, golden: dict[str, Any]) -> None:
     entry = golden["f16"]["greedy"][0]
-    try:
-        assert "".join(engine.generate(entry["prompt"], SamplingParams(max_tokens=48, temperature=0))) == entry["text"]
-    finally:
-        engine.close()
+    assert "".join(dense_engine.generate(entry["prompt"], SamplingParams(max_tokens=48, temperature=0))) == entry["text"]
 
 
 def test_perplexity_agrees_with_llama_cpp(smollm2: Any) -> None:
@@ -88,11 +92,11 @@ def test_perplexity_agrees_with_llama_cpp(smollm2: Any) -> None:
     assert perplexity(smollm2, text, context=512) == pytest.approx(22.46, rel=0.003)
 
 
-def test_the_engine_writes_what_the_logits_say(smollm2_engine: Engine, golden: dict[str, Any]) -> None:
+def test_the_engine_writes_what_the_logits_say(dense_engine: Engine, golden: dict[str, Any]) -> None:
     for entry in golden["f16"]["greedy"][:3]:
-        text = "".join(smollm2_engine.generate(entry["prompt"], GREEDY))
-        ids = entry["prompt_ids"] + smollm2_engine.model.tokenizer.encode(text)
-        logits = smollm2_engine.model.logits(ids, exact=False)[len(entry["prompt_ids"]) - 1 : -1]
+        text = "".join(dense_engine.generate(entry["prompt"], GREEDY))
+        ids = entry["prompt_ids"] + dense_engine.model.tokenizer.encode(text)
+        logits = dense_engine.model.logits(ids)[len(entry["prompt_ids"]) - 1 : -1]
         assert logits.argmax(-1).tolist() == ids[len(entry["prompt_ids"]) :]
 
 
@@ -105,8 +109,8 @@ def test_an_answer_is_the_same_alone_and_among_others(smollm2_engine: Engine, go
     assert together == alone
 
 
-def test_an_answer_survives_preemption(smollm2: Any, smollm2_engine: Engine) -> None:
-    small = Engine(smollm2, EngineConfig(max_context=64, cache_tokens=96, max_rows=8, max_step_tokens=128))
+def test_an_answer_survives_preemption(dense: Any, dense_engine: Engine) -> None:
+    small = Engine(dense, EngineConfig(max_context=64, cache_tokens=96, max_rows=8, max_step_tokens=128))
     prompts = ["Once upon a time", "The capital of France is", "In the beginning there was"]
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     try:
@@ -116,7 +120,7 @@ def test_an_answer_survives_preemption(smollm2: Any, smollm2_engine: Engine) -> 
         assert small.stats().free_pages == small.stats().num_pages - 1
     finally:
         small.close()
-    assert crowded == ["".join(smollm2_engine.generate(prompt, params)) for prompt in prompts]
+    assert crowded == ["".join(dense_engine.generate(prompt, params)) for prompt in prompts]
 
 
 def test_seeds_repeat_and_differ(smollm2_engine: Engine) -> None:
