@@ -4,6 +4,8 @@ A page holds ``page_size`` tokens of one sequence; a row's page table lists its 
 padding writes there. (Kwon et al. 2023, PagedAttention, arXiv 2309.06180.)
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -13,14 +15,15 @@ from tars_jax.config import ModelConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer: per layer one array [num_pages, KV heads, page_size, head_dim]."""
+    """Keys and values of every layer, [layers * num_pages, KV heads, page_size, head_dim] each: layer i's page p stands at
+    i * num_pages + p. One array and not one a layer, because handing a buffer to a program costs the host microseconds."""
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: jax.Array
+    v: jax.Array
 
     @property
     def page_size(self) -> int:
-        return int(self.k[0].shape[2])
+        return int(self.k.shape[2])
 
 
 @struct.dataclass
@@ -52,11 +55,17 @@ class RaggedBatch:
         return jnp.maximum(self.query_starts[1:] - 1, 0)
 
 
-def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache of ``num_pages`` pages, page 0 included."""
-    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-    empty = [jnp.zeros(shape, dtype) for _ in range(2 * config.num_layers)]
-    return KVCache(k=tuple(empty[: config.num_layers]), v=tuple(empty[config.num_layers :]))
+def init_cache(
+    config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    allocate: Callable[[tuple[int, ...], jnp.dtype], jax.Array] = jnp.zeros,
+) -> KVCache:
+    """An empty cache of ``num_pages`` pages, page 0 included. Slots are written before they are read, so ``allocate`` may give
+    an array with any contents."""
+    shape = (config.num_layers * num_pages, config.num_kv_heads, page_size, config.head_dim)
+    return KVCache(k=allocate(shape, dtype), v=allocate(shape, dtype))
 
 
 def write_slots(batch: RaggedBatch, page_size: int) -> tuple[jax.Array, jax.Array]:
@@ -67,5 +76,5 @@ def write_slots(batch: RaggedBatch, page_size: int) -> tuple[jax.Array, jax.Arra
 
 
 def write(pages: jax.Array, slots: tuple[jax.Array, jax.Array], values: jax.Array) -> jax.Array:
-    """Put values [T, KV heads, head_dim] into a layer's pages."""
+    """Put values [T, KV heads, head_dim] into pages."""
     return pages.at[slots[0], :, slots[1]].set(values.astype(pages.dtype))

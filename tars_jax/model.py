@@ -129,11 +129,11 @@ def forward(
     x = ops.take(params.embed, batch.tokens, dtype)
     rotation = ops.rope_table(config, batch.positions, context)
     slots = write_slots(batch, cache.page_size)
-    keys, values = list(cache.k), list(cache.v)
+    pages = cache.k, cache.v
     for i, layer in enumerate(params.layers):
-        turn = rotation if _rotates(config, i) else None
-        x, keys[i], values[i] = _block(layer, config, x, turn, slots, batch, keys[i], values[i])
-    return x, KVCache(k=tuple(keys), v=tuple(values))
+        first_page = jnp.int32(i * (cache.k.shape[0] // config.num_layers))
+        x, pages = _block(layer, config, x, rotation if _rotates(config, i) else None, slots, batch, pages, first_page)
+    return x, KVCache(*pages)
 
 
 # Jitted although it is only called under jit: layers of one structure are then traced and lowered once.
@@ -145,16 +145,18 @@ def _block(
     rotation: ops.Rotation | None,
     slots: ops.Slots,
     batch: RaggedBatch,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    pages: ops.Pages,
+    first_page: jax.Array,
+) -> tuple[jax.Array, ops.Pages]:
+    slots = slots[0] + first_page, slots[1]
+    batch = dataclasses.replace(batch, page_tables=batch.page_tables + first_page)
     eps, biases = config.norm_eps, (layer.q_bias, layer.k_bias, layer.v_bias)
     q, k, v = ops.norm_linear(x, layer.attention_norm, eps, (layer.q, layer.k, layer.v), biases)
-    heads, k_pages, v_pages = ops.attend(
+    heads, pages = ops.attend(
         q.reshape(-1, config.num_heads, config.head_dim),
         k.reshape(-1, config.num_kv_heads, config.head_dim),
         v.reshape(-1, config.num_kv_heads, config.head_dim),
-        (k_pages, v_pages),
+        pages,
         batch,
         slots,
         rotation,
@@ -167,7 +169,7 @@ def _block(
         (inner,) = ops.norm_linear(x, layer.mlp_norm, eps, (layer.up,), (layer.up_bias,), config.activation)
     else:
         inner = ops.gated(x, layer.mlp_norm, eps, layer.gate, layer.up, (layer.gate_bias, layer.up_bias), config.activation)
-    return ops.linear_add(inner, layer.down, layer.down_bias, x), k_pages, v_pages
+    return ops.linear_add(inner, layer.down, layer.down_bias, x), pages
 
 
 def logits(params: Decoder, config: ModelConfig, hidden: jax.Array) -> jax.Array:

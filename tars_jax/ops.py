@@ -21,6 +21,7 @@ from tars_jax.quant import LowRank, QArray, dequantize
 Weight = Any  # an array [O, K], a QArray, a Tiled, or a LowRank on one of them
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin of `rope_table`
 Slots = tuple[jax.Array, jax.Array]  # of `cache.write_slots`
+Pages = tuple[jax.Array, jax.Array]  # keys and values of a `cache.KVCache`
 
 
 def uses_kernels(w: Weight) -> bool:
@@ -86,7 +87,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pages: tuple[jax.Array, jax.Array],
+    pages: Pages,
     batch: RaggedBatch,
     slots: Slots,
     rotation: Rotation | None,
@@ -94,7 +95,7 @@ def attend(
     config: ModelConfig,
     *,
     with_kernels: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages]:
     """Norm (where a model has it) and rotate the heads, write k and v to their pages, attend.
 
     q: [T, H, hd]; k, v: [T, KH, hd]; pages: keys and values [N, KH, page, hd]. Returns [T, H, hd] and the pages.
@@ -103,13 +104,13 @@ def attend(
     if with_kernels:
         q_norm, k_norm = norms or (None, None)
         q, k_pages, v_pages = kernels.rope_write(q, k, v, rotation, slots, *pages, q_norm=q_norm, k_norm=k_norm, eps=eps)
-        return kernels.attention(q, k_pages, v_pages, batch, scale=scale, window=window), k_pages, v_pages
+        return kernels.attention(q, k_pages, v_pages, batch, scale=scale, window=window), (k_pages, v_pages)
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
     if rotation is not None:
         q, k = rope(q, *rotation), rope(k, *rotation)
     k_pages, v_pages = write(pages[0], slots, k), write(pages[1], slots, v)
-    return ragged_attention(q, k_pages, v_pages, batch, scale=scale, window=window), k_pages, v_pages
+    return ragged_attention(q, k_pages, v_pages, batch, scale=scale, window=window), (k_pages, v_pages)
 
 
 def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -28,7 +28,7 @@ class SampleRows:
     frequency_penalty: jax.Array
     window: jax.Array  # tokens the penalties look back on
     seed: jax.Array  # uint32
-    top_logprobs: jax.Array  # alternatives wanted
+    top_logprobs: jax.Array  # alternatives wanted beside the token's own log-probability; -1: not even that
     masked: jax.Array  # bool: whether the row's allowed tokens are restricted
     allowed: jax.Array  # uint32 [R, ceil(V / 32)]: bit v % 32 of word v // 32 allows token v; read for masked rows only
 
@@ -48,13 +48,10 @@ def sample(logits: jax.Array, rows: SampleRows, history: jax.Array, lengths: jax
     history: int32 [R, L], each row's tokens so far, of which the first ``lengths`` [R] count; the new token's position is
     ``lengths``. Log-probabilities are the model's own, before penalties and filters.
     """
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
     adjusted = lax.cond(_penalized(rows).any(), _penalize, lambda z, *_: z, logits, rows, history, lengths)
     adjusted = lax.cond(rows.masked.any(), _mask, lambda z, _: z, adjusted, rows)
     tokens = _choose(adjusted, rows, lengths)
-    logprob = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizer
-    top, top_ids = lax.cond((rows.top_logprobs > 0).any(), _top_logprobs, _no_logprobs, logits)
-    return Sampled(tokens, logprob, top_ids, top - normalizer[:, None])
+    return Sampled(tokens, *lax.cond((rows.top_logprobs >= 0).any(), _logprobs, _no_logprobs, logits, tokens))
 
 
 def _penalized(rows: SampleRows) -> jax.Array:
@@ -93,15 +90,24 @@ def _choose(logits: jax.Array, rows: SampleRows, lengths: jax.Array) -> jax.Arra
 
     narrow = min(CANDIDATES, vocab)
     branch = jnp.where(wide.any(), 2, jnp.where(random.any(), 1, 0))
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = lax.switch(branch, [lambda: greedy, lambda: ranked(narrow), lambda: ranked(vocab)])
-    return jnp.where(random, drawn, greedy)
+    return lax.switch(branch, [lambda: argmax(logits), lambda: ranked(narrow), lambda: ranked(vocab)])
+
+
+def argmax(x: jax.Array) -> jax.Array:
+    """Index of each row's first maximum: [R, V] -> int32 [R]. By way of blocks: XLA's own argmax does not vectorise on a CPU
+    and takes 0.27 ms a row at 49,152 columns, this 0.04."""
+    rows, columns = x.shape
+    width = 128
+    blocks = jnp.pad(x, ((0, 0), (0, -columns % width)), constant_values=-jnp.inf).reshape(rows, -1, width)
+    best = jnp.argmax(blocks.max(axis=-1), axis=-1).astype(jnp.int32)
+    inside = jnp.argmax(jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
+    return jnp.minimum(best * width + inside, columns - 1)
 
 
 def _rank(
     values: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, seed: jax.Array, position: jax.Array
 ) -> jax.Array:
-    """Rank drawn from one row's descending logits [C], by the Gumbel-max trick."""
+    """Rank drawn from one row's descending logits [C], by the Gumbel-max trick; 0 for a greedy row."""
     rank = jnp.arange(values.shape[0], dtype=jnp.int32)
     keep = (top_k == 0) | (rank < top_k)
     probabilities = jax.nn.softmax(jnp.where(keep, values, -jnp.inf))
@@ -110,15 +116,19 @@ def _rank(
     keep &= probabilities >= min_p * probabilities[0]
     keep |= rank == 0
     noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), values.shape)
-    return jnp.argmax(jnp.where(keep, values / temperature + noise, -jnp.inf)).astype(jnp.int32)
+    drawn = jnp.argmax(jnp.where(keep, values / temperature + noise, -jnp.inf)).astype(jnp.int32)
+    return jnp.where(temperature > 0, drawn, 0)
 
 
-def _top_logprobs(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     values, ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[1]))
     missing = ((0, 0), (0, MAX_TOP_LOGPROBS - values.shape[1]))
-    return jnp.pad(values, missing, constant_values=-jnp.inf), jnp.pad(ids, missing)
+    top = jnp.pad(values - normalizer, missing, constant_values=-jnp.inf)
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - normalizer
+    return own[:, 0], jnp.pad(ids, missing), top
 
 
-def _no_logprobs(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     shape = (logits.shape[0], MAX_TOP_LOGPROBS)
-    return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+    return jnp.zeros(shape[0], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)

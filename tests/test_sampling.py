@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, Sampled, SampleRows, sample
+from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, Sampled, SampleRows, argmax, sample
 
 VOCAB = 300
 DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0.0}
-DEFAULTS |= {"frequency_penalty": 0.0, "window": 0, "seed": 0, "top_logprobs": 0, "masked": False}
+DEFAULTS |= {"frequency_penalty": 0.0, "window": 0, "seed": 0, "top_logprobs": -1, "masked": False}
 TYPES = {"top_k": np.int32, "window": np.int32, "seed": np.uint32, "top_logprobs": np.int32, "masked": bool}
 
 
@@ -130,3 +130,10 @@ def test_logprobs_are_the_models_own() -> None:
     best = np.argsort(-expected)[:MAX_TOP_LOGPROBS]
     np.testing.assert_array_equal(out.top_ids[0], best)
     np.testing.assert_allclose(out.top_logprobs[0], expected[best], atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 300])
+def test_argmax_finds_the_first_maximum(columns: int) -> None:
+    x = np.random.default_rng(columns).integers(0, 5, (6, columns)).astype(np.float32)
+    x[0], x[1] = -np.inf, x[1, 0]
+    np.testing.assert_array_equal(argmax(jnp.asarray(x)), x.argmax(-1))

@@ -60,6 +60,7 @@ class Engine:
         self._in_flight: tuple[Plan, jax.Array] | None = None
         self._counters = dict.fromkeys(("steps", "prompt_tokens", "output_tokens"), 0)
         self._closing = False
+        self._leaves, self._tree = jax.tree.flatten(model.params)
         self._state: EngineState
         self._reset()
         self._programs = Programs(self._lower)
@@ -141,7 +142,7 @@ class Engine:
                 self._fail(error)
         for request_id in list(self._sequences):
             self._end(request_id)
-        del self._state
+        del self._state, self._leaves
 
     def _step(self) -> None:
         """Plan a step and send it off, then read the one before: the host works while the device does."""
@@ -154,13 +155,13 @@ class Engine:
     def _dispatch(self, plan: Plan) -> jax.Array:
         batch = build_batch(plan, self.config, self.model.config.vocab_size)
         program = self._programs.get(batch.ragged.tokens.shape[0])
-        self._state, out = program(self.model.params, self._state, batch)
+        self._state, out = program(self._leaves, self._state, batch)
         return out
 
     def _lower(self, bucket: int) -> jax.stages.Lowered:
         batch = empty_batch(bucket, self.config, self.model.config.vocab_size)
         abstract = jax.eval_shape(lambda: init_state(self.model.config, self.config))
-        return run_step.lower(self.model.params, abstract, batch, config=self.model.config, dtype=self.model.dtype)
+        return run_step.lower(self._leaves, abstract, batch, tree=self._tree, config=self.model.config, dtype=self.model.dtype)
 
     def _commit(self, plan: Plan, out: jax.Array) -> None:
         rows = np.asarray(out)  # waits for the device
@@ -206,7 +207,7 @@ class Engine:
     def _reset(self) -> None:
         self._in_flight = None
         self._state = init_state(self.model.config, self.config)
-        pages = PageAllocator(self._state.cache.k[0].shape[0], self.config.page_size)
+        pages = PageAllocator(self._state.cache.k.shape[0] // self.model.config.num_layers, self.config.page_size)
         self._scheduler = Scheduler(pages, max_rows=self.config.max_rows, max_step_tokens=self.config.max_step_tokens)
         self._nbytes = self.model.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from tars_jax import kernels
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.engine.request import TokenLogprob
@@ -44,13 +45,21 @@ class StepBatch:
 def init_state(config: ModelConfig, engine: EngineConfig) -> EngineState:
     """An empty cache and token table for a resolved engine configuration."""
     num_pages = 1 + -(-engine.cache_tokens // engine.page_size)
-    cache = init_cache(config, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype))
+    has_kernels = jax.default_backend() == "cpu" and kernels.available()
+    allocate = kernels.empty if has_kernels else jnp.zeros
+    cache = init_cache(config, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate)
     return EngineState(cache=cache, tokens=jnp.zeros((engine.max_rows, engine.max_context), jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
-def run_step(params: Decoder, state: EngineState, batch: StepBatch, *, config: ModelConfig, dtype: str) -> tuple[EngineState, jax.Array]:
-    """``(state, out)``: out is int32 [R, 2 + 2 * MAX_TOP_LOGPROBS], see `read_row`; rows that do not sample hold noise."""
+@partial(jax.jit, static_argnames=("tree", "config", "dtype"), donate_argnames="state")
+def run_step(
+    leaves: list[jax.Array], state: EngineState, batch: StepBatch, *, tree: jax.tree_util.PyTreeDef, config: ModelConfig, dtype: str
+) -> tuple[EngineState, jax.Array]:
+    """``(state, out)``: out is int32 [R, 2 + 2 * MAX_TOP_LOGPROBS], see `read_row`; rows that do not sample hold noise.
+
+    The parameters come as the leaves of ``tree``: flattening 300 of them anew for each step would cost a quarter of a millisecond.
+    """
+    params: Decoder = jax.tree.unflatten(tree, leaves)
     ragged = batch.ragged
     max_rows, context = state.tokens.shape
     token_slots = jnp.where(ragged.positions < 0, max_rows, batch.slots[ragged.rows])
@@ -140,7 +149,7 @@ def _empty_rows(R: int, vocab_size: int) -> SampleRows:
         frequency_penalty=_filled(R, dtype=np.float32),
         window=_filled(R),
         seed=_filled(R, dtype=np.uint32),
-        top_logprobs=_filled(R),
+        top_logprobs=_filled(R, value=-1),
         masked=_filled(R, dtype=np.bool_),
         allowed=_filled(R, -(-vocab_size // 32), dtype=np.uint32),
     )
@@ -152,7 +161,7 @@ def _fill_row(rows: Any, r: int, sequence: Sequence, max_context: int) -> None:
         getattr(rows, field)[r] = getattr(params, field)
     rows.window[r] = max_context if params.repeat_last_n < 0 else params.repeat_last_n
     rows.seed[r] = sequence.seed & 0xFFFFFFFF
-    rows.top_logprobs[r] = params.top_logprobs if params.logprobs else 0
+    rows.top_logprobs[r] = params.top_logprobs if params.logprobs else -1
     if sequence.constraint is not None:
         rows.masked[r] = True
         sequence.constraint.fill(rows.allowed[r])

@@ -1,6 +1,7 @@
 """The kernels as jax functions. Each is one custom call; what it computes stands beside it in plain operations."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -23,6 +24,14 @@ class Batch(Protocol):
     def kv_lengths(self) -> jax.Array: ...
     @property
     def page_tables(self) -> jax.Array: ...
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array with whatever its memory holds; a large one takes up memory only as it is written."""
+    library.get()
+    out: jax.Array = jax.ffi.ffi_call("tars_empty", jax.ShapeDtypeStruct(shape, dtype))()
+    return out
 
 
 def norm_linear(

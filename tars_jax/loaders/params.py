@@ -1,6 +1,8 @@
 """From tensors in a file to the parameter tree: names matched, shapes checked, weights packed or made dense."""
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -38,18 +40,22 @@ def build_params(
     paths, tree = jax.tree_util.tree_flatten_with_path(spec(config))
     expected = {leaf_name(path): leaf.shape for path, leaf in paths}
     names = canonical(sizes, table, expected, source)
-    total, done = sum(sizes[name] for name in names.values()), 0
-    leaves: list[Any] = []
     faults: list[str] = []
-    for leaf, shape in expected.items():
+
+    def load(leaf: str) -> Any:
         value = read(names[leaf], leaf)
-        if value.shape != shape:
-            faults.append(f"{names[leaf]} has shape {list(value.shape)}, expected {list(shape)}")
-        else:
-            leaves.append(_to_weight(value, form, dtype))
-        done += sizes[names[leaf]]
-        if progress:
-            progress(done, total)
+        if value.shape != expected[leaf]:
+            faults.append(f"{names[leaf]} has shape {list(value.shape)}, expected {list(expected[leaf])}")
+            return None
+        return _to_weight(value, form, dtype)
+
+    leaves, done, total = [], 0, sum(sizes[name] for name in names.values())
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # numpy and the packer release the interpreter's lock
+        for leaf, weight in zip(expected, pool.map(load, expected), strict=True):
+            leaves.append(weight)
+            done += sizes[names[leaf]]
+            if progress:
+                progress(done, total)
     refuse(faults, source)
     return jax.tree.unflatten(tree, leaves)
 

@@ -159,6 +159,9 @@ ffi::Error rope_write(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
+// Leaves its result as the allocator gave it: of a large array the system then provides only the pages that are written.
+ffi::Error empty(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
+
 ffi::Error take_rows(ffi::AnyBuffer data, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Span<const int64_t> formats) {
   const Format f = format_of(formats, 0);
   if (static_cast<int64_t>(data.size_bytes()) != f.tiles() * f.tile_bytes()) return invalid("packed weight has the wrong size");
@@ -201,3 +204,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_take_rows, tars::take_rows,
 
 extern "C" const char* tars_isa() { return tars::kernels().name; }
 extern "C" int tars_use_isa(const char* name) { return tars::use_kernels(name); }
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_empty, tars::empty, Ffi::Bind().Ret<AnyBuffer>());
