@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import jaxlib
 from jaxlib.version import __version__ as jaxlib_version
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libtars_cpu.so"
@@ -104,6 +107,7 @@ def ensure() -> Path:
     key = hashlib.sha256(f"{source_hash()} {jaxlib_version} {_compiler_version(compiler)}".encode()).hexdigest()[:32]
     directory = cache_dir() / key
     if check(directory) is not None:
+        logger.warning("compiling the CPU kernels with %s; this is done once and takes half a minute", compiler[0])
         build(directory, compiler)
     if problem := check(directory):
         raise BuildError(problem)

@@ -22,7 +22,7 @@ def load() -> ctypes.CDLL | str:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
         library.tars_isa.restype = ctypes.c_char_p
     except Exception as error:  # whatever is wrong with a compiler or a library, the plain path works
-        logger.info("CPU kernels are unavailable: %s", error)
+        logger.warning("no CPU kernels, everything runs on plain XLA and slower: %s", error)
         return f"{type(error).__name__}: {error}"
     return library
 
