@@ -41,6 +41,7 @@ class BuildWithKernels(build_py):
             return
         try:
             builder.build(Path(self.build_lib) / KERNELS)
+            (Path(self.build_lib) / KERNELS / "lock").unlink(missing_ok=True)
         except builder.BuildError as error:
             print(f"tars-jax installs without CPU kernels: {error}", file=sys.stderr)
 
