@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-CANDIDATES = 128  # rows with a top-k up to this never look at the rest of the vocabulary
+CANDIDATES = 64  # rows with a top-k up to this never look at the rest of the vocabulary
 MAX_TOP_LOGPROBS = 20
+BLOCK = 128  # columns whose maximum stands for them in a first pass
 
 
 @struct.dataclass
@@ -84,7 +85,7 @@ def _choose(logits: jax.Array, rows: SampleRows, lengths: jax.Array) -> jax.Arra
     wide = random & ((rows.top_k == 0) | (rows.top_k > CANDIDATES))
 
     def ranked(count: int) -> jax.Array:
-        values, ids = lax.top_k(logits, count)
+        values, ids = top_k(logits, count)
         rank = jax.vmap(_rank)(values, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed, lengths)
         return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0]
 
@@ -96,12 +97,26 @@ def _choose(logits: jax.Array, rows: SampleRows, lengths: jax.Array) -> jax.Arra
 def argmax(x: jax.Array) -> jax.Array:
     """Index of each row's first maximum: [R, V] -> int32 [R]. By way of blocks: XLA's own argmax does not vectorise on a CPU
     and takes 0.27 ms a row at 49,152 columns, this 0.04."""
-    rows, columns = x.shape
-    width = 128
-    blocks = jnp.pad(x, ((0, 0), (0, -columns % width)), constant_values=-jnp.inf).reshape(rows, -1, width)
+    blocks = _blocks(x)
     best = jnp.argmax(blocks.max(axis=-1), axis=-1).astype(jnp.int32)
     inside = jnp.argmax(jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
-    return jnp.minimum(best * width + inside, columns - 1)
+    return jnp.minimum(best * BLOCK + inside, x.shape[1] - 1)
+
+
+def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """``lax.top_k``: values [R, count] and int32 indices, best first. A few of many columns are sought only in the ``count``
+    blocks with the greatest maxima, which hold them all: that is five times faster at 64 of 49,152."""
+    blocks = _blocks(x)
+    if blocks.shape[1] <= 2 * count:
+        return lax.top_k(x, count)
+    best = jnp.sort(lax.top_k(blocks.max(axis=-1), count)[1], axis=-1)  # in order, so that of equals the first comes first
+    values, at = lax.top_k(jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(x.shape[0], -1), count)
+    return values, jnp.take_along_axis(best, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """[R, V] -> [R, ceil(V / BLOCK), BLOCK], padded with -inf."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=-jnp.inf).reshape(x.shape[0], -1, BLOCK)
 
 
 def _rank(
@@ -122,7 +137,7 @@ def _rank(
 
 def _logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    values, ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[1]))
+    values, ids = top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[1]))
     missing = ((0, 0), (0, MAX_TOP_LOGPROBS - values.shape[1]))
     top = jnp.pad(values - normalizer, missing, constant_values=-jnp.inf)
     own = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - normalizer

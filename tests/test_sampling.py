@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, Sampled, SampleRows, argmax, sample
+from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, Sampled, SampleRows, argmax, sample, top_k
 
 VOCAB = 300
 DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0.0}
@@ -137,3 +137,11 @@ def test_argmax_finds_the_first_maximum(columns: int) -> None:
     x = np.random.default_rng(columns).integers(0, 5, (6, columns)).astype(np.float32)
     x[0], x[1] = -np.inf, x[1, 0]
     np.testing.assert_array_equal(argmax(jnp.asarray(x)), x.argmax(-1))
+
+
+@pytest.mark.parametrize("columns", [5, 300, 128 * 20, 128 * 20 + 1])
+def test_top_k_equals_a_full_sort(columns: int) -> None:
+    x = np.random.default_rng(columns).normal(size=(4, columns)).astype(np.float32)
+    values, ids = top_k(jnp.asarray(x), 5)
+    np.testing.assert_array_equal(ids, np.argsort(-x, axis=1, kind="stable")[:, :5])
+    np.testing.assert_array_equal(values, np.take_along_axis(x, np.asarray(ids), 1))
