@@ -4,22 +4,14 @@ A cached program is machine code: the folder is as trusted as the programs in it
 """
 
 import hashlib
-import os
 import platform
-from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 
 import jax
 
+from tars_jax.kernels.build import cache_dir
+
 MIN_COMPILE_SECONDS = 0.3  # cheaper programs are compiled faster than they are found on a disk
-
-
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where TARS keeps what it can make again: ``TARS_CACHE``, else ``$XDG_CACHE_HOME/tars``, else ``~/.cache/tars``."""
-    if configured := environ.get("TARS_CACHE"):
-        return Path(configured).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tars"
 
 
 def enable() -> None:

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "tars_jax.errors",
     "tars_jax.config",
-    "tars_jax.compile_cache",
     "tars_jax.memory",
     "tars_jax.quant",
     "tars_jax.cache",
     "tars_jax.kernels",
+    "tars_jax.compile_cache",
     "tars_jax.attention",
     "tars_jax.ops",
     "tars_jax.sampling",

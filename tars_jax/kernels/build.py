@@ -76,8 +76,11 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where TARS keeps what it can make again: ``TARS_CACHE``, else ``$XDG_CACHE_HOME/tars``, else ``~/.cache/tars``."""
+    if configured := environ.get("TARS_CACHE", "").strip():
+        return Path(configured).expanduser()
     base = environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(base) if base else Path.home() / ".cache") / "tars" / "kernels"
+    return (Path(base) if base else Path.home() / ".cache") / "tars"
 
 
 def check(directory: Path) -> str | None:
@@ -105,7 +108,7 @@ def ensure() -> Path:
         return installed / LIBRARY
     compiler = find_compiler()
     key = hashlib.sha256(f"{source_hash()} {jaxlib_version} {_compiler_version(compiler)}".encode()).hexdigest()[:32]
-    directory = cache_dir() / key
+    directory = cache_dir() / "kernels" / key
     if check(directory) is not None:
         logger.warning("compiling the CPU kernels with %s; this is done once and takes half a minute", compiler[0])
         build(directory, compiler)
