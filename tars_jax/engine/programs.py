@@ -1,5 +1,7 @@
 """The compiled steps of an engine, one per token bucket: made ahead in the background, or when first needed."""
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -11,6 +13,12 @@ from tars_jax import memory
 
 Program = Callable[..., Any]
 STACK_BYTES = 64 << 20  # XLA's compiler recurses deeper than a thread's usual 8 MiB allows
+
+
+def _step_back() -> None:
+    """Give this thread, and those the compiler starts from it, a low priority where threads can have their own (Linux)."""
+    if sys.platform == "linux":  # elsewhere the call would slow the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
 
 
 class Programs:
@@ -44,6 +52,8 @@ class Programs:
 
     def _prepare(self, buckets: list[int]) -> None:
         for bucket in buckets:
+            if bucket != buckets[0]:  # the first is wanted soon; the others must not take the cores from requests
+                _step_back()
             if self._stopped:
                 return
             future, is_new = self._claim(bucket)
