@@ -88,6 +88,11 @@ def test_qwen3_equals_transformers() -> None:
     compare(transformers.Qwen3Config(**TINY, num_key_value_heads=2, head_dim=16), qk_norm=True)
 
 
+def test_smollm3_equals_transformers() -> None:
+    hf = transformers.SmolLM3Config(**TINY | {"num_hidden_layers": 4}, num_key_value_heads=2, no_rope_layer_interval=4, rope_theta=10_000.0)
+    compare(hf, no_rope_interval=4)
+
+
 def test_sliding_window_equals_transformers() -> None:
     compare(transformers.MistralConfig(**TINY, num_key_value_heads=2, sliding_window=7), sliding_window=7)
 
