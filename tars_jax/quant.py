@@ -1,6 +1,6 @@
 """Weights as leaf types: a plain array, a `QArray` of packed codes, or a `LowRank` update on top of either.
 
-Every quantised file format is repacked losslessly into one of two layouts, int8-grouped and int4-grouped (ARRAYS of codes
+Every quantised file format is repacked losslessly into one of two layouts, int8-grouped and int4-grouped (arrays of codes
 with a scale, and where the format has one a minimum, per group of 16 or 32 inputs). Only `ops.matmul` and `ops.take` know
 that these types exist.
 """

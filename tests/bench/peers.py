@@ -145,7 +145,7 @@ class Worker:
         self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
-        assert self.process.stdout.readline().strip() == "ready", f"{name} does not start"
+        self.is_ready = self.process.stdout.readline().strip() == "ready"  # not so where an engine cannot read the file
 
     def ask(self, what: str, count: int) -> float | None:
         assert self.process.stdin is not None
@@ -180,24 +180,28 @@ def make_variants(source: Path, folder: Path, types: list[str], python: str) -> 
 
 
 def compare(path: Path, label: str, engines: list[str], rounds: int, batches: list[int], peer_python: str) -> None:
-    workers = [Worker(name, path, sys.executable if name == "tars" else peer_python) for name in engines]
+    started = [Worker(name, path, sys.executable if name == "tars" else peer_python) for name in engines]
+    workers = [worker for worker in started if worker.is_ready]
+    for worker in started:
+        if not worker.is_ready:
+            print(f"{label:<8}{worker.name} does not start with this file")
     for what, count in [("prefill", 1), *(("decode", batch) for batch in batches)]:
         able = [worker for worker in workers if worker.name != "openvino" or count == 1]
         for worker in able:
             worker.ask(what, count)  # every shape once, untimed
-        runs = {worker.name: [worker.ask(what, count) for _ in range(0)] for worker in able}
+        runs: dict[str, list[float]] = {worker.name: [] for worker in able}
         for _ in range(rounds):
             for worker in able:
                 if (rate := worker.ask(what, count)) is not None:
                     runs[worker.name].append(rate)
         report(label, f"{what} {PROMPT if what == 'prefill' else count}", runs)
     print(f"{label:<8}{'resident MB':<14}" + "".join(f"{worker.name} {worker.resident_mb():.0f}   " for worker in workers))
-    for worker in workers:
+    for worker in started:
         worker.process.kill()
         worker.process.wait()
 
 
-def report(label: str, what: str, runs: dict[str, list[Any]]) -> None:
+def report(label: str, what: str, runs: dict[str, list[float]]) -> None:
     ours, line = runs["tars"], f"{label:<8}{what:<14}tars {statistics.median(runs['tars']):8.1f}"
     for name, rates in runs.items():
         if name != "tars" and rates:
@@ -226,8 +230,14 @@ def main() -> None:
     model_name = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), platform.processor())
     print(f"{model_name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {options.rounds} rounds")
     for name, path in make_variants(options.model, options.folder, options.types.split(","), options.peer_python).items():
-        engines = [engine for engine in options.engines.split(",") if engine != "openvino" or name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K_M")]
-        compare(path, name, engines, options.rounds, [int(batch) for batch in options.batches.split(",")], options.peer_python)
+        compare(
+            path,
+            name,
+            options.engines.split(","),
+            options.rounds,
+            [int(batch) for batch in options.batches.split(",")],
+            options.peer_python,
+        )
 
 
 if __name__ == "__main__":
