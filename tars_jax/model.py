@@ -120,11 +120,12 @@ def init(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) ->
 
 
 def forward(
-    params: Decoder, config: ModelConfig, batch: RaggedBatch, cache: KVCache, *, context: int, dtype: jnp.dtype
+    params: Decoder, config: ModelConfig, batch: RaggedBatch, cache: KVCache, *, context: int, dtype: jnp.dtype, axis: str | None = None
 ) -> tuple[jax.Array, KVCache]:
     """Run a batch: states after the last block [T, D] in ``dtype``, and the cache with the batch written to it.
 
-    ``context`` is the longest sequence to be served (some rotary scalings depend on it).
+    ``context`` is the longest sequence to be served (some rotary scalings depend on it). ``axis``: inside a `shard_map`, the mesh
+    axis over which heads and feed-forward are split; ``config`` then describes one device's part.
     """
     x = ops.take(params.embed, batch.tokens, dtype)
     rotation = ops.rope_table(config, batch.positions, context)
@@ -132,12 +133,12 @@ def forward(
     pages = cache.k, cache.v
     for i, layer in enumerate(params.layers):
         first_page = jnp.int32(i * (cache.k.shape[0] // config.num_layers))
-        x, pages = _block(layer, config, x, rotation if _rotates(config, i) else None, slots, batch, pages, first_page)
+        x, pages = _block(layer, config, x, rotation if _rotates(config, i) else None, slots, batch, pages, first_page, axis)
     return x, KVCache(*pages)
 
 
 # Jitted although it is only called under jit: layers of one structure are then traced and lowered once.
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "axis"))
 def _block(
     layer: Layer,
     config: ModelConfig,
@@ -147,6 +148,7 @@ def _block(
     batch: RaggedBatch,
     pages: ops.Pages,
     first_page: jax.Array,
+    axis: str | None,
 ) -> tuple[jax.Array, ops.Pages]:
     slots = slots[0] + first_page, slots[1]
     batch = dataclasses.replace(batch, page_tables=batch.page_tables + first_page)
@@ -164,12 +166,12 @@ def _block(
         config,
         with_kernels=ops.uses_kernels(layer.q),
     )
-    x = ops.linear_add(heads.reshape(q.shape), layer.o, layer.o_bias, x)
+    x = ops.linear_add(heads.reshape(q.shape), layer.o, layer.o_bias, x, axis)
     if layer.gate is None:
         (inner,) = ops.norm_linear(x, layer.mlp_norm, eps, (layer.up,), (layer.up_bias,), config.activation)
     else:
         inner = ops.gated(x, layer.mlp_norm, eps, layer.gate, layer.up, (layer.gate_bias, layer.up_bias), config.activation)
-    return ops.linear_add(inner, layer.down, layer.down_bias, x), pages
+    return ops.linear_add(inner, layer.down, layer.down_bias, x, axis), pages
 
 
 def logits(params: Decoder, config: ModelConfig, hidden: jax.Array) -> jax.Array:

@@ -76,8 +76,10 @@ def gated(
     return activate(g, activation) * u
 
 
-def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array) -> jax.Array:
-    """``residual + x @ w.T + bias``."""
+def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array, axis: str | None = None) -> jax.Array:
+    """``residual + x @ w.T + bias``; with a mesh ``axis`` the product is summed over it, each device holding part of the inputs."""
+    if axis is not None:
+        return residual + _biased(lax.psum(matmul(x, w), axis), bias)
     if isinstance(w, kernels.Tiled):
         return kernels.linear_add(x, w, bias, residual)
     return residual + _biased(matmul(x, w), bias)

@@ -21,6 +21,7 @@ ORDER = [
     "tars_jax.ops",
     "tars_jax.sampling",
     "tars_jax.model",
+    "tars_jax.sharding",
     "tars_jax.tokenizer",
     "tars_jax.chat",
     "tars_jax.grammar",

@@ -10,6 +10,7 @@ from collections.abc import Sequence as SequenceOf
 import jax
 import numpy as np
 
+from tars_jax import sharding
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.programs import Programs
@@ -60,7 +61,10 @@ class Engine:
         self._in_flight: tuple[Plan, jax.Array] | None = None
         self._counters = dict.fromkeys(("steps", "prompt_tokens", "output_tokens"), 0)
         self._closing = False
-        self._leaves, self._tree = jax.tree.flatten(model.params)
+        parallel = self.config.tensor_parallel
+        self._mesh = sharding.make_mesh(parallel) if parallel > 1 else None
+        params = model.params if self._mesh is None else sharding.shard(model.params, model.config, self._mesh)
+        self._leaves, self._tree = jax.tree.flatten(params)
         self._state: EngineState
         self._reset()
         self._programs = Programs(self._lower)
@@ -160,8 +164,10 @@ class Engine:
 
     def _lower(self, bucket: int) -> jax.stages.Lowered:
         batch = empty_batch(bucket, self.config, self.model.config.vocab_size)
-        abstract = jax.eval_shape(lambda: init_state(self.model.config, self.config))
-        return run_step.lower(self._leaves, abstract, batch, tree=self._tree, config=self.model.config, dtype=self.model.dtype)
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self._state)
+        return run_step.lower(
+            self._leaves, abstract, batch, tree=self._tree, config=self.model.config, dtype=self.model.dtype, mesh=self._mesh
+        )
 
     def _commit(self, plan: Plan, out: jax.Array) -> None:
         rows = np.asarray(out)  # waits for the device
@@ -206,7 +212,7 @@ class Engine:
 
     def _reset(self) -> None:
         self._in_flight = None
-        self._state = init_state(self.model.config, self.config)
+        self._state = init_state(self.model.config, self.config, self._mesh)
         pages = PageAllocator(self._state.cache.k.shape[0] // self.model.config.num_layers, self.config.page_size)
         self._scheduler = Scheduler(pages, max_rows=self.config.max_rows, max_step_tokens=self.config.max_step_tokens)
         self._nbytes = self.model.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tars_jax import kernels
+from tars_jax import kernels, sharding
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.engine.request import TokenLogprob
@@ -42,18 +43,28 @@ class StepBatch:
     rows: SampleRows
 
 
-def init_state(config: ModelConfig, engine: EngineConfig) -> EngineState:
+def init_state(config: ModelConfig, engine: EngineConfig, mesh: Mesh | None = None) -> EngineState:
     """An empty cache and token table for a resolved engine configuration."""
     num_pages = 1 + -(-engine.cache_tokens // engine.page_size)
     has_kernels = jax.default_backend() == "cpu" and kernels.available()
-    allocate = kernels.empty if has_kernels else jnp.zeros
+    allocate = kernels.empty if has_kernels and mesh is None else jnp.zeros
+    if mesh is not None:
+        allocate = partial(jnp.zeros, device=NamedSharding(mesh, sharding.CACHE))
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     cache = init_cache(config, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate)
-    return EngineState(cache=cache, tokens=jnp.zeros((engine.max_rows, engine.max_context), jnp.int32))
+    return EngineState(cache=cache, tokens=jnp.zeros((engine.max_rows, engine.max_context), jnp.int32, device=whole))
 
 
-@partial(jax.jit, static_argnames=("tree", "config", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("tree", "config", "dtype", "mesh"), donate_argnames="state")
 def run_step(
-    leaves: list[jax.Array], state: EngineState, batch: StepBatch, *, tree: jax.tree_util.PyTreeDef, config: ModelConfig, dtype: str
+    leaves: list[jax.Array],
+    state: EngineState,
+    batch: StepBatch,
+    *,
+    tree: jax.tree_util.PyTreeDef,
+    config: ModelConfig,
+    dtype: str,
+    mesh: Mesh | None = None,
 ) -> tuple[EngineState, jax.Array]:
     """``(state, out)``: out is int32 [R, 2 + 2 * MAX_TOP_LOGPROBS], see `read_row`; rows that do not sample hold noise.
 
@@ -66,7 +77,8 @@ def run_step(
     known = state.tokens.at[token_slots, ragged.positions].get(mode="fill", fill_value=0)
     ragged = dataclasses.replace(ragged, tokens=jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens))
     tokens = state.tokens.at[token_slots, ragged.positions].set(ragged.tokens, mode="drop")
-    hidden, cache = forward(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
+    run = forward if mesh is None else partial(sharding.sharded_forward, mesh=mesh)
+    hidden, cache = run(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
     history = tokens.at[batch.slots].get(mode="fill", fill_value=0)
     sampled = sample(logits(params, config, hidden[ragged.last_tokens]), batch.rows, history, ragged.kv_lengths)
     target = jnp.where(batch.samples, batch.slots, max_rows)

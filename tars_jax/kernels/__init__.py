@@ -6,7 +6,7 @@ attention.py do the same, slower.
 
 from tars_jax.kernels.calls import attention, empty, gated, linear_add, norm_linear, rope_write
 from tars_jax.kernels.library import available, isa, unavailable_reason
-from tars_jax.kernels.tiled import Tiled, can_pack, pack_tiles, take_rows, untile
+from tars_jax.kernels.tiled import Tiled, can_pack, pack_tiles, split_tiles, take_rows, untile
 
 __all__ = [
     "Tiled",
@@ -20,6 +20,7 @@ __all__ = [
     "norm_linear",
     "pack_tiles",
     "rope_write",
+    "split_tiles",
     "take_rows",
     "unavailable_reason",
     "untile",

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from flax import struct
 
+from tars_jax.errors import InvalidRequest
 from tars_jax.kernels import library
 from tars_jax.quant import NIBBLE_OFFSET, QArray
 
@@ -92,6 +93,22 @@ def untile(w: Tiled) -> jax.Array:
         values = values + numbers[:, :, 1]
     dense = values.reshape(tiles, -1, LANES, 4).transpose(0, 2, 1, 3).reshape(tiles * LANES, -1)
     return dense[:outputs, :inputs]
+
+
+def split_tiles(w: Tiled, shards: int, axis: int) -> Tiled:
+    """A weight cut into equal parts along an axis, the parts' tiles one after the other; ``shape`` is that of one part.
+
+    Raises InvalidRequest when a part would not consist of whole tiles or blocks.
+    """
+    unit = LANES if axis == 0 else GROUP if w.group else 2
+    if w.shape[axis] % (unit * shards):
+        raise InvalidRequest(f"a weight of shape {list(w.shape)} cannot be cut into {shards} parts of whole {unit}s along axis {axis}")
+    shape = (w.shape[0] // shards, w.shape[1]) if axis == 0 else (w.shape[0], w.shape[1] // shards)
+    data = w.data
+    if axis == 1:
+        tiles, size = data.shape
+        data = data.reshape(tiles, shards, size // shards).swapaxes(0, 1).reshape(tiles * shards, size // shards)
+    return dataclasses.replace(w, data=data, shape=shape)
 
 
 def take_rows(w: Tiled, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:

@@ -214,3 +214,13 @@ def test_a_warm_engine_compiles_nothing(smollm2_engine: Engine) -> None:
     assert compiled == []
     jax.jit(lambda x: x * 3.5)(1.25)
     assert len(compiled) == 1  # the listener does hear
+
+
+def test_three_devices_write_what_one_does(dense: Any, dense_engine: Engine, golden: dict[str, Any]) -> None:
+    engine = Engine(dense, EngineConfig(max_context=128, max_rows=8, max_step_tokens=128, tensor_parallel=3))
+    ids = golden["f16"]["greedy"][0]["prompt_ids"]
+    params = SamplingParams(max_tokens=12, temperature=0)
+    try:
+        assert "".join(engine.generate(ids, params)) == "".join(dense_engine.generate(ids, params))
+    finally:
+        engine.close()
