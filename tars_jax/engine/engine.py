@@ -4,8 +4,12 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +23,14 @@ from tars_jax.engine.scheduler import Plan, Scheduler
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.step import EngineState, buckets, build_batch, empty_batch, init_state, read_row, run_step
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
+from tars_jax.kernels import Tiled
 from tars_jax.loaders.loaded import Model
+from tars_jax.model import Decoder
+from tars_jax.quant import LowRank, QArray
 
 log = logging.getLogger(__name__)
+
+MIN_STEP_TOKENS = 16  # smaller steps would not save memory worth having
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +42,14 @@ class EngineStats:
     num_pages: int
     free_pages: int
     nbytes: int  # weights and cache
+    weights_version: int  # 1 at first, one more with every `Engine.swap`
+    compiled: int  # step sizes that are ready
     steps: int = 0
+    step_rows: int = 0  # rows of all steps: over `steps` it is the mean batch size
+    step_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    failures: int = 0  # steps that failed
     preemptions: int = 0
 
 
@@ -59,15 +73,18 @@ class Engine:
         self._inbox: list[Callable[[], None]] = []
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: tuple[Plan, jax.Array] | None = None
-        self._counters = dict.fromkeys(("steps", "prompt_tokens", "output_tokens"), 0)
-        self._closing = False
+        self._current: Plan = ()  # whose step is being sent or read
+        self._counters = dict.fromkeys(("steps", "step_rows", "step_tokens", "prompt_tokens", "output_tokens", "failures"), 0)
+        self._closing = self._draining = False
+        self._max_step_tokens = self.config.max_step_tokens
         parallel = self.config.tensor_parallel
         self._mesh = sharding.make_mesh(parallel) if parallel > 1 else None
         params = model.params if self._mesh is None else sharding.shard(model.params, model.config, self._mesh)
+        self._version = 1
         self._leaves, self._tree = jax.tree.flatten(params)
         self._state: EngineState
         self._reset()
-        self._programs = Programs(self._lower)
+        self._programs = Programs(partial(self._lower, self._leaves, self._tree))
         self._programs.prepare([1, *(b for b in buckets(self.config) if b > 1 and warm_up)])
         self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
@@ -78,8 +95,8 @@ class Engine:
         """Queue a request. Raises ContextOverflow, InvalidRequest or ServerBusy; later faults go to the request's sink."""
         sequence = self._checked(request)
         with self._wake:
-            if self._closing:
-                raise TarsError("the engine is closed")
+            if self._closing or self._draining:
+                raise ServerBusy("the engine is shutting down")
             if len(self._scheduler.waiting) + len(self._inbox) >= self.config.max_queue:
                 raise ServerBusy("server busy, please try again.  maximum pending requests exceeded")
             self._post(lambda: self._admit(sequence))
@@ -116,16 +133,51 @@ class Engine:
             num_pages=scheduler.pages.num_pages,
             free_pages=scheduler.pages.num_free,
             nbytes=self._nbytes,
+            weights_version=self._version,
+            compiled=len(self._programs.compiled()),
             preemptions=scheduler.num_preemptions,
             **self._counters,
         )
 
-    def close(self) -> None:
-        """Cancel what runs, end the thread and let the device state go. Idempotent."""
-        self._programs.stop()
+    def swap(self, params: Decoder) -> int:
+        """Serve other weights from the next step on, and return their version. No stream is dropped: those under way keep what
+        they have in the cache and go on with the new weights.
+
+        If the parameter tree has changed its structure (a first adapter), the steps compiled so far are compiled for the new one
+        before anything changes; the caller waits, the engine goes on. Raises InvalidRequest for weights of another model.
+        """
+        if self._mesh is not None:
+            params = sharding.shard(params, self.model.config, self._mesh)
+        leaves, tree = jax.tree.flatten(params)
+        programs = self._programs
+        if _shapes(leaves, tree) != _shapes(self._leaves, self._tree):
+            _check_same_model(params, self.model.params)
+            programs = Programs(partial(self._lower, leaves, tree))
+            for bucket in self._programs.compiled():
+                programs.get(bucket)
+        done: Future[int] = Future()
+
+        def change() -> None:
+            self._leaves, self._tree, self._programs = leaves, tree, programs
+            self._version += 1
+            done.set_result(self._version)
+
         with self._wake:
+            if self._closing:
+                raise TarsError("the engine is closed")
+            self._post(change)
+        return done.result()
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Take no more requests, let those there finish for ``drain_seconds``, cancel the rest, end the thread. Idempotent."""
+        self._programs.stop()
+        deadline = time.monotonic() + drain_seconds
+        with self._wake:
+            self._draining = True
+            while (self._sequences or self._inbox) and not self._closing and (left := deadline - time.monotonic()) > 0:
+                self._wake.wait(min(left, 0.1))
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -142,17 +194,17 @@ class Engine:
             try:
                 self._step()
             except Exception as error:
-                log.exception("a step failed; its requests end, the engine goes on")
-                self._fail(error)
+                self._recover(error)
         for request_id in list(self._sequences):
             self._end(request_id)
         del self._state, self._leaves
 
     def _step(self) -> None:
         """Plan a step and send it off, then read the one before: the host works while the device does."""
-        plan = self._scheduler.schedule()
+        plan = self._current = self._scheduler.schedule()
         dispatched = (plan, self._dispatch(plan)) if plan else None
         if self._in_flight:
+            self._current = self._in_flight[0]
             self._commit(*self._in_flight)
         self._in_flight = dispatched
 
@@ -162,16 +214,16 @@ class Engine:
         self._state, out = program(self._leaves, self._state, batch)
         return out
 
-    def _lower(self, bucket: int) -> jax.stages.Lowered:
+    def _lower(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, bucket: int) -> jax.stages.Lowered:
         batch = empty_batch(bucket, self.config, self.model.config.vocab_size)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self._state)
-        return run_step.lower(
-            self._leaves, abstract, batch, tree=self._tree, config=self.model.config, dtype=self.model.dtype, mesh=self._mesh
-        )
+        return run_step.lower(leaves, abstract, batch, tree=tree, config=self.model.config, dtype=self.model.dtype, mesh=self._mesh)
 
     def _commit(self, plan: Plan, out: jax.Array) -> None:
         rows = np.asarray(out)  # waits for the device
         self._counters["steps"] += 1
+        self._counters["step_rows"] += len(plan)
+        self._counters["step_tokens"] += sum(span.count for span in plan)
         for row, span in zip(rows, plan, strict=False):
             sequence = span.sequence
             if span.start < sequence.prompt_length:
@@ -200,21 +252,32 @@ class Engine:
         if self._sequences.pop(sequence.request.id, None):
             self._scheduler.release(sequence)
 
-    def _fail(self, error: Exception) -> None:
-        """End every running request and start from an empty state; what waits is kept."""
-        waiting = [s for s in self._scheduler.waiting if not s.computed]
-        for sequence in self._scheduler.running:
+    def _recover(self, error: Exception) -> None:
+        """After a failed step: its requests end, all others start again from an empty state. When memory ran out nobody ends as long
+        as smaller steps can be tried."""
+        self._counters["failures"] += 1
+        failed = {span.sequence for span in self._current}
+        out_of_memory = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
+        if out_of_memory and self._max_step_tokens > MIN_STEP_TOKENS:
+            self._max_step_tokens = max(self._max_step_tokens // 2, MIN_STEP_TOKENS)
+            log.warning("a step ran out of memory; steps are at most %d tokens from now on", self._max_step_tokens)
+            failed = set()
+        else:
+            log.exception("a step failed; its requests end, the engine goes on")
+        for sequence in failed:
             sequence.finish("error", error=f"the engine failed: {error}")
             self._sequences.pop(sequence.request.id, None)
         self._reset()
-        for sequence in waiting:
+        for sequence in self._sequences.values():  # in the order of their arrival
+            sequence.restart(unread_lost=True)
             self._scheduler.add(sequence)
 
     def _reset(self) -> None:
         self._in_flight = None
+        self._current = ()
         self._state = init_state(self.model.config, self.config, self._mesh)
         pages = PageAllocator(self._state.cache.k.shape[0] // self.model.config.num_layers, self.config.page_size)
-        self._scheduler = Scheduler(pages, max_rows=self.config.max_rows, max_step_tokens=self.config.max_step_tokens)
+        self._scheduler = Scheduler(pages, max_rows=self.config.max_rows, max_step_tokens=self._max_step_tokens)
         self._nbytes = self.model.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
 
     def _post(self, message: Callable[[], None]) -> None:
@@ -232,3 +295,20 @@ class Engine:
             raise InvalidRequest(f"token {wrong[0]} is outside the vocabulary of {vocab}")
         constraint = self.model.constraint(request.params.grammar) if request.params.grammar else None
         return Sequence(request, self.model.tokenizer, limit, constraint)
+
+
+def _shapes(leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Any:
+    """What a compiled step depends on."""
+    return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _check_same_model(params: Decoder, other: Decoder) -> None:
+    def shape(leaf: Any) -> tuple[int, ...]:
+        return tuple(leaf.shape)
+
+    def is_weight(leaf: Any) -> bool:
+        return isinstance(leaf, Tiled | QArray | LowRank)
+
+    ours, theirs = ([shape(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_weight)] for tree in (params, other))
+    if ours != theirs:
+        raise InvalidRequest("the new weights are those of another model: their shapes differ from the ones being served")

@@ -30,6 +30,10 @@ class Programs:
         self._lock = threading.Lock()
         self._stopped = False
 
+    def compiled(self) -> list[int]:
+        """Buckets that are ready, smallest first."""
+        return sorted(bucket for bucket, future in list(self._programs.items()) if future.done())
+
     def get(self, bucket: int) -> Program:
         """The compiled step of a bucket; waits for it. What went wrong in compiling is raised here."""
         future, is_new = self._claim(bucket)

@@ -101,9 +101,11 @@ class Sequence:
         self.length += 1
         return True
 
-    def restart(self) -> None:
-        """Forget what is on the device: pages and row were given away."""
+    def restart(self, *, unread_lost: bool = False) -> None:
+        """Forget what is on the device: pages and row were given away. ``unread_lost``: tokens not read yet will never be."""
         self.computed, self.slot, self.pages = 0, -1, []
+        if unread_lost:
+            self.length = len(self.tokens)
 
     def append(self, token_id: int, logprob: TokenLogprob) -> None:
         """Take a sampled token: text goes to the sink, and the sequence may end."""
