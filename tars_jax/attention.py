@@ -26,11 +26,12 @@ class _Softmax(NamedTuple):
 
 
 def ragged_attention(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: RaggedBatch, *, scale: float, window: int = 0
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: RaggedBatch, *, scale: float, window: int = 0, softcap: float = 0.0
 ) -> jax.Array:
     """Causal attention of every token to its own row's cached tokens.
 
-    q: [T, H, hd]; k_pages, v_pages: [N, KH, page, hd]; window: last tokens a query sees, 0 for all. Returns [T, H, hd]
+    q: [T, H, hd]; k_pages, v_pages: [N, KH, page, hd]; window: last tokens a query sees, 0 for all;
+    softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2), 0: not. Returns [T, H, hd]
     in q's dtype; padding tokens give zeros.
     """
     num_tokens, heads, head_dim = q.shape
@@ -49,7 +50,7 @@ def ragged_attention(
         position = batch.kv_lengths[row] - lengths[row] + first * block + jnp.arange(block, dtype=jnp.int32)
         queries = lax.dynamic_slice_in_dim(padded, begin, block, axis=1)
         last = jnp.minimum(position[-1], batch.kv_lengths[row] - 1)
-        result = _attend_row(queries, position, last, batch.page_tables[row], k_pages, v_pages, window)
+        result = _attend_row(queries, position, last, batch.page_tables[row], k_pages, v_pages, window, softcap)
         keep = jnp.arange(block) < lengths[row] - first * block  # the block's tail belongs to the next row
         old = lax.dynamic_slice_in_dim(out, begin, block, axis=1)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(keep[None, :, None, None], result, old), begin, axis=1)
@@ -59,7 +60,14 @@ def ragged_attention(
 
 
 def _attend_row(
-    queries: jax.Array, position: jax.Array, last: jax.Array, table: jax.Array, k_pages: jax.Array, v_pages: jax.Array, window: int
+    queries: jax.Array,
+    position: jax.Array,
+    last: jax.Array,
+    table: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    window: int,
+    softcap: float,
 ) -> jax.Array:
     """One block of one row's queries [KH, B, G, hd] at positions [B] over the row's pages up to ``last``."""
     kv_heads, block, group, head_dim = queries.shape
@@ -73,6 +81,8 @@ def _attend_row(
         ids = lax.dynamic_slice_in_dim(table, c * pages, pages)
         k, v = (p[ids].swapaxes(0, 1).reshape(kv_heads, pages * page, head_dim).astype(jnp.float32) for p in (k_pages, v_pages))
         scores = jnp.einsum("kqd,ksd->kqs", flat, k)
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
         at = c * pages * page + jnp.arange(pages * page, dtype=jnp.int32)[None, None, :]
         seen = at <= query_position
         if window:

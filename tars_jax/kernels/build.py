@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libtars_cpu.so"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi")
 # Flags of single files. The portable path is a fallback: -O2 halves its compile time.
 X86_FLAGS: dict[str, tuple[str, ...]] = {
     "isa_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),

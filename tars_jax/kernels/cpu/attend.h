@@ -2,6 +2,14 @@
 //
 // Two shapes of the same algorithm. A block of queries puts (query, head) pairs in the lanes: scores, softmax and values are then all
 // vertical, and keys and values are broadcast. A single query has too few pairs for that and puts dimensions in the lanes.
+//
+// Both do the same arithmetic in the same order, so that a token's result does not depend on what runs beside it, on how its prompt was
+// cut, or on the number of threads:
+//   score    16 sums, of the dimensions d mod 16, added by `sum_in_order`
+//   segment  a softmax of its own over tokens [128 n, 128 n + 128); its total is 16 sums of the tokens mod 16, added likewise; values are
+//            summed token by token
+//   result   segments joined one after the other (`join`), divided at the end
+// Tokens that a query does not see weigh exactly 0 and so change no bit.
 #pragma once
 #include <cstdlib>
 
@@ -10,8 +18,7 @@
 
 namespace tars::TARS_ISA {
 
-constexpr float kMasked = -1e30f;  // finite, so that a fully masked chunk gives exp(0) * 0 and not NaN
-constexpr int kFewTokens = 64;     // tokens per softmax update of a single query
+constexpr float kMasked = -1e30f;  // finite, so that a fully masked segment gives exp(0) * 0 and not NaN
 
 TARS_INLINE int64_t padded_dim(const AttentionTask& t) { return ceil_div(t.head_dim, kLanes) * kLanes; }
 
@@ -57,40 +64,58 @@ constexpr int kRowVectors = kQueryRows / kLanes;
 struct Lanes {  // scratch of one task; matrices are [..][32 lanes]
   float* queries;  // [head_dim]
   float* chunk;    // keys, then values: [tokens][padded head_dim], not in lanes
-  float* scores;   // [tokens]
-  float* values;   // [head_dim]
-  float* maximum;
-  float* total;
-  float* decay;
+  float* scores;   // [tokens of a segment], from its first multiple of 128
+  float* values;   // [head_dim] of the segments so far
+  float* segment;  // [head_dim] of this one
+  float *maximum, *total;                  // of the segments so far
+  float *segment_maximum, *segment_total;  // of this one
 };
 
-template <int kVectors, int kBlock>
-TARS_INLINE void score_block(const float* queries, const float* keys, int64_t dim, int64_t stride, float* scores) {
-  Floats acc[kBlock][kVectors];
-  for (int i = 0; i < kBlock; ++i)
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = splat(0.0f);
-  for (int64_t d = 0; d < dim; ++d) {
-    Floats q[kVectors];
-    for (int v = 0; v < kVectors; ++v) q[v] = load(queries + d * kQueryRows + v * kLanes);
-    TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
-      Floats k = splat(keys[i * stride + d]);
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(q[v], k, acc[i][v]);
-    }
-  }
-  for (int i = 0; i < kBlock; ++i)
-    for (int v = 0; v < kVectors; ++v) store(scores + i * kQueryRows + v * kLanes, acc[i][v]);
+struct Span {  // tokens of a segment that are looked at
+  int64_t base;
+  int begin, end;  // from base
+};
+
+TARS_INLINE Span span_of(const AttentionTask& t, int64_t base) {
+  return {base, static_cast<int>(t.begin > base ? t.begin - base : 0), static_cast<int>(t.end - base < kSegment ? t.end - base : kSegment)};
 }
 
 template <int kVectors, int kBlock>
-TARS_INLINE void value_block(const float* weights, const float* chunk, int tokens, int64_t stride, const float* decay, float* values) {
+TARS_INLINE void score_block(const float* queries, const float* keys, int64_t padded, float* scores) {
+  Floats four[kBlock][kVectors][4];
+  TARS_UNROLL for (int f = 0; f < 4; ++f) {
+    Floats acc[kBlock][kVectors][4];
+    for (int i = 0; i < kBlock; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        for (int c = 0; c < 4; ++c) acc[i][v][c] = splat(0.0f);
+    for (int64_t d = 4 * f; d < padded; d += kLanes) {
+      TARS_UNROLL for (int c = 0; c < 4; ++c) {
+        Floats q[kVectors];
+        for (int v = 0; v < kVectors; ++v) q[v] = load(queries + (d + c) * kQueryRows + v * kLanes);
+        TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
+          Floats k = splat(keys[i * padded + d + c]);
+          for (int v = 0; v < kVectors; ++v) acc[i][v][c] = fma(k, q[v], acc[i][v][c]);
+        }
+      }
+    }
+    for (int i = 0; i < kBlock; ++i)
+      for (int v = 0; v < kVectors; ++v) four[i][v][f] = (acc[i][v][0] + acc[i][v][2]) + (acc[i][v][1] + acc[i][v][3]);
+  }
+  for (int i = 0; i < kBlock; ++i)
+    for (int v = 0; v < kVectors; ++v)
+      store(scores + i * kQueryRows + v * kLanes, (four[i][v][0] + four[i][v][1]) + (four[i][v][2] + four[i][v][3]));
+}
+
+template <int kVectors, int kBlock>
+TARS_INLINE void value_block(const float* weights, const float* chunk, int tokens, int64_t padded, float* values) {
   Floats acc[kBlock][kVectors];
   for (int i = 0; i < kBlock; ++i)
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = load(values + i * kQueryRows + v * kLanes) * load(decay + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = load(values + i * kQueryRows + v * kLanes);
   for (int s = 0; s < tokens; ++s) {
     Floats w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = load(weights + s * kQueryRows + v * kLanes);
     TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
-      Floats x = splat(chunk[s * stride + i]);
+      Floats x = splat(chunk[s * padded + i]);
       for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(w[v], x, acc[i][v]);
     }
   }
@@ -98,55 +123,91 @@ TARS_INLINE void value_block(const float* weights, const float* chunk, int token
     for (int v = 0; v < kVectors; ++v) store(values + i * kQueryRows + v * kLanes, acc[i][v]);
 }
 
-// Scores [tokens][lanes] to softmax weights, in place; updates the running maximum and total.
-static void softmax_lanes(const AttentionTask& t, const Lanes& s, int64_t begin, int tokens, int vectors) {
-  const bool all_seen = begin + tokens - 1 <= t.position && (!t.window || begin > t.position + t.count - 1 - t.window);
+// A segment's scores to weights, in place; its maximum and total.
+static void softmax_lanes(const AttentionTask& t, const Lanes& s, Span span, int vectors) {
+  const int64_t begin = span.base + span.begin, last_token = span.base + span.end - 1;
+  const bool all_seen = last_token <= t.position && (!t.window || begin > t.position + t.count - 1 - t.window);
   for (int v = 0; v < vectors; ++v) {
     float* scores = s.scores + v * kLanes;
     int32_t lane_position[kLanes];
     for (int i = 0; i < kLanes; ++i) lane_position[i] = static_cast<int32_t>(t.position + (v * kLanes + i) / t.group);
     const Ints last = load_ints(lane_position), first = t.window ? last - splat(static_cast<int32_t>(t.window)) : splat(-1);
-    Floats old = load(s.maximum + v * kLanes), top = old;
-    for (int i = 0; i < tokens; ++i) {
+    Floats top = splat(kMasked);
+    for (int i = span.begin; i < span.end; ++i) {
       Floats x = softcap(load(scores + i * kQueryRows), t.softcap);
-      const Ints at = splat(static_cast<int32_t>(begin + i));
+      const Ints at = splat(static_cast<int32_t>(span.base + i));
       if (!all_seen) x = select(less(last, at), splat(kMasked), select(less(first, at), x, splat(kMasked)));
       store(scores + i * kQueryRows, x);
       top = max(x, top);
     }
-    Floats sum = splat(0.0f);
-    for (int i = 0; i < tokens; ++i) {
+    Floats sums[kLanes];
+    for (int i = 0; i < kLanes; ++i) sums[i] = splat(0.0f);
+    for (int i = span.begin; i < span.end; ++i) {
       const Floats x = load(scores + i * kQueryRows);
       Floats weight = exp(x - top);
       if (!all_seen) weight = select(less(splat(kMasked), x), weight, select(less(x, splat(0.0f)), splat(0.0f), weight));
       store(scores + i * kQueryRows, weight);
-      sum = sum + weight;
+      sums[i % kLanes] = sums[i % kLanes] + weight;
     }
-    const Floats decay = exp(old - top);
-    store(s.decay + v * kLanes, decay);
-    store(s.maximum + v * kLanes, top);
-    store(s.total + v * kLanes, fma(load(s.total + v * kLanes), decay, sum));
+    store(s.segment_maximum + v * kLanes, top);
+    store(s.segment_total + v * kLanes, sum_in_order(sums));
+  }
+}
+
+// How two softmaxes become one: the weights of each under their common maximum (Milakov and Gimelshein 2018, arXiv 1805.02867).
+struct Join {
+  Floats maximum, old_weight, new_weight;
+};
+TARS_INLINE Join join(Floats old_maximum, Floats new_maximum) {
+  const Floats top = max(new_maximum, old_maximum);
+  return {top, exp(old_maximum - top), exp(new_maximum - top)};
+}
+TARS_INLINE Floats joined(Floats old_sum, Floats old_weight, Floats new_sum, Floats new_weight) {
+  return fma(new_sum, new_weight, old_sum * old_weight);
+}
+
+static void join_lanes(const AttentionTask& t, const Lanes& s, int vectors) {
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = v * kLanes;
+    const Join j = join(load(s.maximum + at), load(s.segment_maximum + at));
+    store(s.maximum + at, j.maximum);
+    store(s.total + at, joined(load(s.total + at), j.old_weight, load(s.segment_total + at), j.new_weight));
+    for (int64_t d = 0; d < t.head_dim; ++d) {
+      float* values = s.values + d * kQueryRows + at;
+      store(values, joined(load(values), j.old_weight, load(s.segment + d * kQueryRows + at), j.new_weight));
+    }
   }
 }
 
 template <int kVectors>
-static void attend_chunk(const AttentionTask& t, const Lanes& s, int64_t begin, int tokens) {
+static void attend_segment(const AttentionTask& t, const Lanes& s, Span span) {
   constexpr int kBlock = kRowBlock * 2 / kVectors > 8 ? 8 : kRowBlock * 2 / kVectors;
-  const int64_t stride = padded_dim(t), dim = t.head_dim;
-  widen_chunk(t, t.k_pages, begin, tokens, s.chunk);
-  int i = 0;
-  for (; i + kBlock <= tokens; i += kBlock) score_block<kVectors, kBlock>(s.queries, s.chunk + i * stride, dim, stride, s.scores + i * kQueryRows);
-  for (; i < tokens; ++i) score_block<kVectors, 1>(s.queries, s.chunk + i * stride, dim, stride, s.scores + i * kQueryRows);
-  softmax_lanes(t, s, begin, tokens, kVectors);
-  widen_chunk(t, t.v_pages, begin, tokens, s.chunk);
-  int64_t d = 0;
-  for (; d + kBlock <= dim; d += kBlock) value_block<kVectors, kBlock>(s.scores, s.chunk + d, tokens, stride, s.decay, s.values + d * kQueryRows);
-  for (; d < dim; ++d) value_block<kVectors, 1>(s.scores, s.chunk + d, tokens, stride, s.decay, s.values + d * kQueryRows);
+  constexpr int kTokens = kParts == 1 ? 2 : 1;  // scored at once: four accumulators each
+  const int64_t padded = padded_dim(t), dim = t.head_dim;
+  for (int from = span.begin; from < span.end; from += kChunkTokens) {
+    const int tokens = span.end - from < kChunkTokens ? span.end - from : kChunkTokens;
+    float* scores = s.scores + from * kQueryRows;
+    widen_chunk(t, t.k_pages, span.base + from, tokens, s.chunk);
+    int i = 0;
+    for (; i + kTokens <= tokens; i += kTokens) score_block<kVectors, kTokens>(s.queries, s.chunk + i * padded, padded, scores + i * kQueryRows);
+    for (; i < tokens; ++i) score_block<kVectors, 1>(s.queries, s.chunk + i * padded, padded, scores + i * kQueryRows);
+  }
+  softmax_lanes(t, s, span, kVectors);
+  std::memset(s.segment, 0, sizeof(float) * dim * kQueryRows);
+  for (int from = span.begin; from < span.end; from += kChunkTokens) {
+    const int tokens = span.end - from < kChunkTokens ? span.end - from : kChunkTokens;
+    const float* weights = s.scores + from * kQueryRows;
+    widen_chunk(t, t.v_pages, span.base + from, tokens, s.chunk);
+    int64_t d = 0;
+    for (; d + kBlock <= dim; d += kBlock) value_block<kVectors, kBlock>(weights, s.chunk + d, tokens, padded, s.segment + d * kQueryRows);
+    for (; d < dim; ++d) value_block<kVectors, 1>(weights, s.chunk + d, tokens, padded, s.segment + d * kQueryRows);
+  }
+  join_lanes(t, s, kVectors);
 }
 
 static void gather_queries(const AttentionTask& t, const Lanes& s, float* row) {
   const int64_t dim = t.head_dim, rows = t.count * t.group;
-  std::memset(s.queries, 0, sizeof(float) * dim * kQueryRows);
+  std::memset(s.queries, 0, sizeof(float) * padded_dim(t) * kQueryRows);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = ((t.first + r / t.group) * t.heads + t.head + r % t.group) * dim;
     read_row(static_cast<const char*>(t.q) + at * size_of(t.q_type), t.q_type, dim, nullptr, 0.0f, row);
@@ -162,10 +223,11 @@ static void store_head(const AttentionTask& t, int64_t query, int64_t head, cons
   }
 }
 
+TARS_INLINE float divisor(float total) { return total < 1e-30f ? 1e-30f : total; }
+
 static void scatter_values(const AttentionTask& t, const Lanes& s, float* row) {
   for (int64_t r = 0; r < t.count * t.group; ++r) {
-    const float inverse = 1.0f / (s.total[r] < 1e-30f ? 1e-30f : s.total[r]);
-    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r] * inverse;
+    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r] / divisor(s.total[r]);
     store_head(t, r / t.group, r % t.group, row);
   }
 }
@@ -175,18 +237,19 @@ static void attend_lanes(const AttentionTask& t, float* scratch) {
   Lanes s;
   s.queries = scratch;
   s.values = s.queries + padded * kQueryRows;
-  s.scores = s.values + padded * kQueryRows;
-  s.chunk = s.scores + kChunkTokens * kQueryRows;
+  s.segment = s.values + padded * kQueryRows;
+  s.scores = s.segment + padded * kQueryRows;
+  s.chunk = s.scores + kSegment * kQueryRows;
   s.maximum = s.chunk + kChunkTokens * padded;
   s.total = s.maximum + kQueryRows;
-  s.decay = s.total + kQueryRows;
+  s.segment_maximum = s.total + kQueryRows;
+  s.segment_total = s.segment_maximum + kQueryRows;
   gather_queries(t, s, s.chunk);
   std::memset(s.values, 0, sizeof(float) * padded * kQueryRows);
   for (int r = 0; r < kQueryRows; ++r) s.maximum[r] = kMasked, s.total[r] = 0.0f;
-  for (int64_t begin = t.begin; begin < t.end; begin += kChunkTokens) {
-    const int tokens = static_cast<int>(t.end - begin < kChunkTokens ? t.end - begin : kChunkTokens);
-    if (t.count * t.group > kLanes) attend_chunk<kRowVectors>(t, s, begin, tokens);
-    else attend_chunk<1>(t, s, begin, tokens);
+  for (int64_t base = t.begin / kSegment * kSegment; base < t.end; base += kSegment) {
+    if (t.count * t.group > kLanes) attend_segment<kRowVectors>(t, s, span_of(t, base));
+    else attend_segment<1>(t, s, span_of(t, base));
   }
   scatter_values(t, s, s.chunk);
 }
@@ -218,18 +281,19 @@ TARS_INLINE Floats sums16(const Floats* x) {
 #endif
 }
 
-// Scores of `kHeads` queries [kHeads][padded] with 16 tokens (fewer: `tokens`), to scores[h * kFewTokens ..].
+// Scores of `kHeads` queries [kHeads][padded] with 16 tokens from `base + at`, of which those in the span count, to scores[h][at ..].
 template <DType kType, int kHeads>
-static void score_few(const AttentionTask& t, const float* queries, int64_t begin, int tokens, float* scores) {
+static void score_few(const AttentionTask& t, const float* queries, Span span, int at, float* scores) {
   const int64_t padded = padded_dim(t), dim = t.head_dim;
   Floats acc[kHeads][kLanes];
   for (int i = 0; i < kLanes; ++i) {
     Floats sum[kHeads];
     for (int h = 0; h < kHeads; ++h) sum[h] = splat(0.0f);
-    if (i < tokens) {
-      prefetch_token(t, t.v_pages, begin + i);  // wanted as soon as the scores are known
-      if (begin + i + kFewTokens < t.end) prefetch_token(t, t.k_pages, begin + i + kFewTokens);
-      const char* k = cached(t, t.k_pages, begin + i);
+    if (at + i >= span.begin && at + i < span.end) {
+      const int64_t token = span.base + at + i;
+      prefetch_token(t, t.v_pages, token);  // wanted as soon as the scores are known
+      if (at + i + 2 * kLanes < span.end) prefetch_token(t, t.k_pages, token + 2 * kLanes);
+      const char* k = cached(t, t.k_pages, token);
       for (int64_t d = 0; d < dim; d += kLanes) {
         const char* p = k + d * size_of(kType);
         Floats x = d + kLanes <= dim ? load_as(kType, p) : load_some(kType, p, static_cast<int>(dim - d));
@@ -238,87 +302,79 @@ static void score_few(const AttentionTask& t, const float* queries, int64_t begi
     }
     for (int h = 0; h < kHeads; ++h) acc[h][i] = sum[h];
   }
-  for (int h = 0; h < kHeads; ++h) store(scores + h * kFewTokens, sums16(acc[h]));
+  for (int h = 0; h < kHeads; ++h) store(scores + h * kSegment + at, sums16(acc[h]));
 }
 
 template <DType kType, int kHeads, int kVectors>
-TARS_INLINE void values_few(const AttentionTask& t, int64_t begin, int tokens, int64_t d, const float* weights, const float* decay, float* values) {
+TARS_INLINE void values_few(const AttentionTask& t, Span span, int64_t d, const float* weights, float* values) {
   const int64_t padded = padded_dim(t);
   Floats acc[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h)
-    for (int v = 0; v < kVectors; ++v) acc[h][v] = load(values + h * padded + d + v * kLanes) * splat(decay[h]);
-  for (int i = 0; i < tokens; ++i) {
-    const char* p = cached(t, t.v_pages, begin + i) + d * size_of(kType);
+    for (int v = 0; v < kVectors; ++v) acc[h][v] = splat(0.0f);
+  for (int i = span.begin; i < span.end; ++i) {
+    const char* p = cached(t, t.v_pages, span.base + i) + d * size_of(kType);
     for (int v = 0; v < kVectors; ++v) {
       const int64_t left = t.head_dim - d - v * kLanes;
       const char* at = p + v * kLanes * size_of(kType);
       Floats x = kVectors > 1 || left >= kLanes ? load_as(kType, at) : load_some(kType, at, static_cast<int>(left));
-      for (int h = 0; h < kHeads; ++h) acc[h][v] = fma(splat(weights[h * kFewTokens + i]), x, acc[h][v]);
+      for (int h = 0; h < kHeads; ++h) acc[h][v] = fma(splat(weights[h * kSegment + i]), x, acc[h][v]);
     }
   }
   for (int h = 0; h < kHeads; ++h)
     for (int v = 0; v < kVectors; ++v) store(values + h * padded + d + v * kLanes, acc[h][v]);
 }
 
-// Scores of up to 64 tokens to weights, in place; lanes past `tokens` get weight 0.
-TARS_INLINE float softmax_few(float* scores, int tokens, float cap, float* maximum, float* total) {
-  const int whole = static_cast<int>(ceil_div(tokens, kLanes)) * kLanes;
-  Floats top = splat(*maximum);
-  for (int i = 0; i < whole; i += kLanes) {
+// A segment's scores to weights, in place; those outside the span get weight 0.
+TARS_INLINE void softmax_few(float* scores, Span span, float cap, float* maximum, float* total) {
+  Floats top = splat(kMasked);
+  for (int i = 0; i < span.end; i += kLanes) {
+    const Ints at = iota() + splat(i);
     Floats x = softcap(load(scores + i), cap);
-    x = select(less(iota() + splat(i), splat(tokens)), x, splat(kMasked));
+    x = select(less(at, splat(span.begin)), splat(kMasked), select(less(at, splat(span.end)), x, splat(kMasked)));
     store(scores + i, x);
     top = max(x, top);
   }
-  const float peak = max_of(top), decay = sum(exp(splat(*maximum - peak))) / kLanes;
-  Floats weights = splat(0.0f);
-  for (int i = 0; i < whole; i += kLanes) {
-    const Floats w = select(less(iota() + splat(i), splat(tokens)), exp(load(scores + i) - splat(peak)), splat(0.0f));
+  const Floats peak = splat(max_of(top));
+  Floats sums = splat(0.0f);
+  for (int i = 0; i < span.end; i += kLanes) {
+    const Ints at = iota() + splat(i);
+    Floats w = exp(load(scores + i) - peak);
+    w = select(less(at, splat(span.begin)), splat(0.0f), select(less(at, splat(span.end)), w, splat(0.0f)));
     store(scores + i, w);
-    weights = weights + w;
+    sums = sums + w;
   }
-  *maximum = peak;
-  *total = *total * decay + sum(weights);
-  return decay;
+  *maximum = max_of(top);
+  *total = sum(sums);
 }
 
+// One segment of one query; its softmax goes to the task's partials.
 template <DType kType, int kHeads>
 static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
   const int64_t padded = padded_dim(t);
+  const Span span = span_of(t, t.begin / kSegment * kSegment);
   float* queries = scratch;
   float* values = queries + kHeads * padded;
-  float* scores = values + kHeads * padded;  // [kHeads][kFewTokens]
-  float maximum[kHeads], total[kHeads], decay[kHeads];
+  float* scores = values + kHeads * padded;  // [kHeads][kSegment]
   for (int h = 0; h < kHeads; ++h) {
     const int64_t at = (t.first * t.heads + t.head + head + h) * t.head_dim;
     for (int64_t d = 0; d < padded; d += kLanes) {
       const int64_t left = t.head_dim - d < kLanes ? t.head_dim - d : kLanes;
-      Floats x = left > 0 ? load_some(t.q_type, static_cast<const char*>(t.q) + (at + d) * size_of(t.q_type), static_cast<int>(left)) : splat(0.0f);
+      Floats x = load_some(t.q_type, static_cast<const char*>(t.q) + (at + d) * size_of(t.q_type), static_cast<int>(left));
       store(queries + h * padded + d, x * splat(t.scale));
-      store(values + h * padded + d, splat(0.0f));
     }
-    maximum[h] = kMasked, total[h] = 0.0f;
   }
-  for (int64_t i = t.begin; i < t.end && i < t.begin + kFewTokens; ++i) prefetch_token(t, t.k_pages, i);
-  for (int64_t begin = t.begin; begin < t.end; begin += kFewTokens) {
-    const int tokens = static_cast<int>(t.end - begin < kFewTokens ? t.end - begin : kFewTokens);
-    for (int i = 0; i < tokens; i += kLanes) score_few<kType, kHeads>(t, queries, begin + i, tokens - i, scores + i);
-    for (int h = 0; h < kHeads; ++h) decay[h] = softmax_few(scores + h * kFewTokens, tokens, t.softcap, maximum + h, total + h);
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= t.head_dim; d += 4 * kLanes) values_few<kType, kHeads, 4>(t, begin, tokens, d, scores, decay, values);
-    for (; d < t.head_dim; d += kLanes) values_few<kType, kHeads, 1>(t, begin, tokens, d, scores, decay, values);
-  }
+  for (int i = span.begin; i < span.end && i < span.begin + 2 * kLanes; ++i) prefetch_token(t, t.k_pages, span.base + i);
+  for (int at = span.begin / kLanes * kLanes; at < span.end; at += kLanes) score_few<kType, kHeads>(t, queries, span, at, scores);
   for (int h = 0; h < kHeads; ++h) {
-    if (t.partial) {
-      float* p = t.partial + (head + h) * partial_floats(t.head_dim);
-      p[0] = maximum[h], p[1] = total[h];
-      std::memcpy(p + 2, values + h * padded, sizeof(float) * t.head_dim);
-      continue;
-    }
-    const float divisor = total[h] < 1e-30f ? 1e-30f : total[h];
-    for (int64_t d = 0; d < padded; d += kLanes) store(values + h * padded + d, load(values + h * padded + d) / splat(divisor));
-    store_head(t, 0, head + h, values + h * padded);
+    float* partial = t.partial + (head + h) * partial_floats(t.head_dim);
+    std::memset(scores + h * kSegment, 0, sizeof(float) * (span.begin / kLanes * kLanes));
+    softmax_few(scores + h * kSegment, span, t.softcap, partial, partial + 1);
   }
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= t.head_dim; d += 4 * kLanes) values_few<kType, kHeads, 4>(t, span, d, scores, values);
+  for (; d < t.head_dim; d += kLanes) values_few<kType, kHeads, 1>(t, span, d, scores, values);
+  for (int h = 0; h < kHeads; ++h)
+    std::memcpy(t.partial + (head + h) * partial_floats(t.head_dim) + 2, values + h * padded, sizeof(float) * t.head_dim);
 }
 
 template <DType kType>
@@ -341,24 +397,30 @@ static void attend(const AttentionTask& t, float* scratch) {
   }
 }
 
-// Joins the partial softmaxes of one query's parts; each part's block is group * partial_floats long.
-static void merge(const AttentionTask& t, int64_t parts) {
+// Joins the softmaxes of one query's segments; each segment's block is group * partial_floats long.
+static void merge(const AttentionTask& t, int64_t segments) {
   const int64_t size = partial_floats(t.head_dim);
   for (int64_t h = 0; h < t.group; ++h) {
     float* first = t.partial + h * size;
-    float top = first[0];
-    for (int64_t i = 1; i < parts; ++i) top = first[i * t.group * size] > top ? first[i * t.group * size] : top;
-    float total = 0.0f;
-    for (int64_t i = 0; i < parts; ++i) {
-      float* part = first + i * t.group * size;
-      const float decay = sum(exp(splat(part[0] - top))) / kLanes;
-      total += part[1] * decay;
-      for (int64_t d = 0; d < t.head_dim; ++d) first[2 + d] = (i ? first[2 + d] : 0.0f) + part[2 + d] * decay;
+    Floats maximum = splat(kMasked), total = splat(0.0f);
+    for (int64_t i = 0; i < segments; ++i) {
+      const float* segment = first + i * t.group * size;
+      const Join j = join(maximum, splat(segment[0]));
+      total = joined(total, j.old_weight, splat(segment[1]), j.new_weight);
+      for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+        const int lanes = static_cast<int>(t.head_dim - d < kLanes ? t.head_dim - d : kLanes);
+        const Floats old = i ? load_some(DType::kF32, first + 2 + d, lanes) : splat(0.0f);
+        const Floats values = joined(old, j.old_weight, load_some(DType::kF32, segment + 2 + d, lanes), j.new_weight);
+        store_some(DType::kF32, first + 2 + d, values, lanes);
+      }
+      maximum = j.maximum;
     }
+    float sums[kLanes];
+    store(sums, total);
     char* out = static_cast<char*>(t.out) + (t.first * t.heads + t.head + h) * t.head_dim * size_of(t.q_type);
     for (int64_t d = 0; d < t.head_dim; d += kLanes) {
       const int lanes = static_cast<int>(t.head_dim - d < kLanes ? t.head_dim - d : kLanes);
-      store_some(t.q_type, out + d * size_of(t.q_type), load_some(DType::kF32, first + 2 + d, lanes) / splat(total < 1e-30f ? 1e-30f : total), lanes);
+      store_some(t.q_type, out + d * size_of(t.q_type), load_some(DType::kF32, first + 2 + d, lanes) / splat(divisor(sums[0])), lanes);
     }
   }
 }

@@ -7,25 +7,23 @@
 namespace tars {
 namespace {
 
-constexpr int64_t kPartTokens = 128;  // of a single query's cached tokens; fixed, so that a row's result does not depend on the batch
 constexpr int64_t kWorthSharing = 150'000;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kTokensPerTask = 16;      // of a rope_write
 
 struct Plan {
   std::vector<AttentionTask> tasks;
-  std::vector<std::pair<size_t, int64_t>> merges;  // first task of a split query, and its parts
+  std::vector<std::pair<size_t, int64_t>> merges;  // first task of a single query, and its segments
   int64_t macs = 0;
   int64_t partials = 0;  // floats
 };
 
 void add_query(Plan& plan, AttentionTask task) {
-  const int64_t parts = ceil_div(task.end - task.begin, kPartTokens), first = task.begin, end = task.end;
-  if (parts <= 1) return plan.tasks.push_back(task);
-  plan.merges.emplace_back(plan.tasks.size(), parts);
-  for (int64_t i = 0; i < parts; ++i) {
-    task.begin = first + i * kPartTokens;
-    task.end = std::min(task.begin + kPartTokens, end);
-    // An offset for now: the memory is allocated when its size is known. Never null, because null means whole.
+  const int64_t begin = task.begin, end = task.end, first = begin / kSegment, segments = ceil_div(end, kSegment) - first;
+  plan.merges.emplace_back(plan.tasks.size(), segments);
+  for (int64_t i = first; i < first + segments; ++i) {
+    task.begin = std::max(i * kSegment, begin);
+    task.end = std::min((i + 1) * kSegment, end);
+    // An offset for now: the memory is allocated when its size is known. Never null, because null means a block.
     task.partial = reinterpret_cast<float*>((plan.partials + 1) * sizeof(float));
     plan.partials += task.group * partial_floats(task.head_dim);
     plan.tasks.push_back(task);

@@ -22,7 +22,8 @@ struct Finish {  // what happens to a tile's sums before they are stored
 };
 
 constexpr int kQueryRows = 32;    // (query, head) pairs of an attention task: two vectors of lanes
-constexpr int kChunkTokens = 32;  // cached tokens per softmax update of such a task; its scratch then fits the first-level cache
+constexpr int kSegment = 128;     // cached tokens per softmax; segments start at multiples of it, wherever a query or its window does
+constexpr int kChunkTokens = 32;  // cached tokens widened at once
 
 // Attention of queries [first, first + count) of one row, heads [head, head + group), to cached tokens [begin, end) of one KV head.
 struct AttentionTask {
@@ -41,7 +42,7 @@ struct AttentionTask {
   int64_t window;
   float scale, softcap;
   void* out;       // [T, heads, head_dim] of q_type
-  float* partial;  // not null: part of a query's tokens; per head of the group: maximum, total, head_dim unnormalised values
+  float* partial;  // of a single query, whose task is one segment: per head of the group: maximum, total, head_dim values
 };
 
 struct RotateTask {
@@ -63,7 +64,7 @@ struct Kernels {
   void (*fill_panel)(const float* x, int64_t inputs, int row, const PanelBuffers& out);
   void (*finish_tile)(const Finish& f, const float* sums, const float* other, int rows, int lanes, int64_t row, int64_t column);
   void (*attend)(const AttentionTask& task, float* scratch);  // attention_scratch(head_dim) floats
-  void (*merge)(const AttentionTask& task, int64_t parts);  // of the first part's task; the others' partials follow
+  void (*merge)(const AttentionTask& task, int64_t segments);  // of the first segment's task; the others' partials follow
   void (*rotate)(const RotateTask& task, int64_t token, int64_t head, void* out, DType out_type);
 };
 
@@ -74,10 +75,10 @@ const Kernels* avx512_kernels();
 const Kernels& kernels();  // the best of them, or what TARS_CPU_ISA forces
 bool use_kernels(const char* name);  // others from now on; false if they do not exist here
 
-// Floats of scratch an AttentionTask needs: queries, keys or values, scores, result, and three numbers a lane.
+// Floats of scratch an AttentionTask needs: queries, two results, six numbers a lane; keys or values; scores.
 inline int64_t attention_scratch(int64_t head_dim) {
   const int64_t padded = ceil_div(head_dim, kLanes) * kLanes;
-  return (2 * padded + 3) * kQueryRows + kChunkTokens * (padded + kQueryRows);
+  return (3 * padded + 6) * kQueryRows + kChunkTokens * padded + kSegment * kQueryRows;
 }
 inline int64_t partial_floats(int64_t head_dim) { return head_dim + 2; }
 

@@ -83,9 +83,16 @@ TARS_BINARY(Ints, |)
 TARS_BINARY(Ints, ^)
 #undef TARS_BINARY
 
-// a * b + c; the compiler contracts it where there is a fused instruction.
+// a * b + c, rounded once where there is an instruction for it. The compiler itself is told to fuse nothing: it would do so here and
+// not there, and the same sum would come out differently in two places.
 TARS_INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  c.part[0] = (FloatPart)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]);
+#elif defined(__AVX2__)
+  TARS_EACH_PART(i) c.part[i] = (FloatPart)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
+#else
   TARS_EACH_PART(i) c.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
   return c;
 }
 template <int N>
@@ -142,15 +149,25 @@ TARS_INLINE Ints iota() {
   return r;
 }
 
+// The one order in which 16 numbers are added: lanes 0+2 and 1+3 of each four, then these, then the fours in pairs.
+template <class T>
+TARS_INLINE T sum_in_order(const T* x) {
+  T four[4];
+  for (int i = 0; i < 4; ++i) four[i] = (x[4 * i] + x[4 * i + 2]) + (x[4 * i + 1] + x[4 * i + 3]);
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
 TARS_INLINE float sum(Floats a) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)a.part[0]);
+  __m512 x = (__m512)a.part[0];
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  return _mm512_cvtss_f32(x);
 #else
   float x[kLanes];
   store(x, a);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
+  return sum_in_order(x);
 #endif
 }
 TARS_INLINE int32_t sum(Ints a) {
