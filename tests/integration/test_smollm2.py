@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tars_jax import Engine, EngineConfig, SamplingParams, kernels, load
-from tars_jax.engine.request import Output, Request, new_request_id
+from tars_jax.engine.request import Output, Request, TokenLogprob, new_request_id
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
 from tars_jax.perplexity import log_probabilities, perplexity
 
@@ -92,12 +92,15 @@ def test_perplexity_agrees_with_llama_cpp(smollm2: Any) -> None:
     assert perplexity(smollm2, text, context=512) == pytest.approx(22.46, rel=0.003)
 
 
-def test_the_engine_writes_what_the_logits_say(dense_engine: Engine, golden: dict[str, Any]) -> None:
+def test_the_engine_writes_what_the_logits_say(smollm2: Any, golden: dict[str, Any]) -> None:
+    """`Model.logits` keeps keys and values in float32; so does this engine."""
+    engine = Engine(smollm2, EngineConfig(max_context=128, cache_dtype="float32"))
     for entry in golden["f16"]["greedy"][:3]:
-        text = "".join(dense_engine.generate(entry["prompt"], GREEDY))
-        ids = entry["prompt_ids"] + dense_engine.model.tokenizer.encode(text)
-        logits = dense_engine.model.logits(ids)[len(entry["prompt_ids"]) - 1 : -1]
+        text = "".join(engine.generate(entry["prompt"], GREEDY))
+        ids = entry["prompt_ids"] + smollm2.tokenizer.encode(text)
+        logits = smollm2.logits(ids, exact=False)[len(entry["prompt_ids"]) - 1 : -1]
         assert logits.argmax(-1).tolist() == ids[len(entry["prompt_ids"]) :]
+    engine.close()
 
 
 def test_an_answer_is_the_same_alone_and_among_others(smollm2_engine: Engine, golden: dict[str, Any]) -> None:
@@ -109,8 +112,29 @@ def test_an_answer_is_the_same_alone_and_among_others(smollm2_engine: Engine, go
     assert together == alone
 
 
-def test_an_answer_survives_preemption(dense: Any, dense_engine: Engine) -> None:
-    small = Engine(dense, EngineConfig(max_context=64, cache_tokens=96, max_rows=8, max_step_tokens=128))
+@needs_kernels
+def test_probabilities_are_the_same_bits_however_the_prompt_was_cut(smollm2: Any, smollm2_engine: Engine, golden: dict[str, Any]) -> None:
+    """In one chunk, in chunks of 16 tokens, and beside seven others."""
+    params = SamplingParams(max_tokens=12, temperature=0, logprobs=True, top_logprobs=5)
+    prompt = " ".join(entry["text"] for entry in golden["f16"]["greedy"][:2])
+
+    def probabilities(engine: Engine) -> list[TokenLogprob]:
+        return [entry for output in collect(engine, prompt, params) for entry in output.logprobs]
+
+    alone = probabilities(smollm2_engine)
+    others = [smollm2_engine.generate(entry["prompt"], GREEDY) for entry in golden["f16"]["greedy"][:7]]
+    for other in others:
+        next(other)
+    assert probabilities(smollm2_engine) == alone
+    for other in others:
+        other.close()
+    chunked = Engine(smollm2, EngineConfig(max_context=1024, max_rows=8, max_step_tokens=16))
+    assert probabilities(chunked) == alone
+    chunked.close()
+
+
+def test_an_answer_survives_preemption(smollm2: Any, smollm2_engine: Engine) -> None:
+    small = Engine(smollm2, EngineConfig(max_context=64, cache_tokens=96, max_rows=8, max_step_tokens=128))
     prompts = ["Once upon a time", "The capital of France is", "In the beginning there was"]
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     try:
@@ -120,7 +144,7 @@ def test_an_answer_survives_preemption(dense: Any, dense_engine: Engine) -> None
         assert small.stats().free_pages == small.stats().num_pages - 1
     finally:
         small.close()
-    assert crowded == ["".join(dense_engine.generate(prompt, params)) for prompt in prompts]
+    assert crowded == ["".join(smollm2_engine.generate(prompt, params)) for prompt in prompts]
 
 
 def test_seeds_repeat_and_differ(smollm2_engine: Engine) -> None:

@@ -19,6 +19,7 @@
 namespace tars::TARS_ISA {
 
 constexpr float kMasked = -1e30f;  // finite, so that a fully masked segment gives exp(0) * 0 and not NaN
+constexpr int kAhead = 64;         // tokens of keys fetched before they are needed
 
 TARS_INLINE int64_t padded_dim(const AttentionTask& t) { return ceil_div(t.head_dim, kLanes) * kLanes; }
 
@@ -292,7 +293,7 @@ static void score_few(const AttentionTask& t, const float* queries, Span span, i
     if (at + i >= span.begin && at + i < span.end) {
       const int64_t token = span.base + at + i;
       prefetch_token(t, t.v_pages, token);  // wanted as soon as the scores are known
-      if (at + i + 2 * kLanes < span.end) prefetch_token(t, t.k_pages, token + 2 * kLanes);
+      if (at + i + kAhead < span.end) prefetch_token(t, t.k_pages, token + kAhead);
       const char* k = cached(t, t.k_pages, token);
       for (int64_t d = 0; d < dim; d += kLanes) {
         const char* p = k + d * size_of(kType);
@@ -363,7 +364,7 @@ static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
       store(queries + h * padded + d, x * splat(t.scale));
     }
   }
-  for (int i = span.begin; i < span.end && i < span.begin + 2 * kLanes; ++i) prefetch_token(t, t.k_pages, span.base + i);
+  for (int i = span.begin; i < span.end && i < span.begin + kAhead; ++i) prefetch_token(t, t.k_pages, span.base + i);
   for (int at = span.begin / kLanes * kLanes; at < span.end; at += kLanes) score_few<kType, kHeads>(t, queries, span, at, scores);
   for (int h = 0; h < kHeads; ++h) {
     float* partial = t.partial + (head + h) * partial_floats(t.head_dim);
