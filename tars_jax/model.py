@@ -166,12 +166,9 @@ def _block(
         config,
         with_kernels=ops.uses_kernels(layer.q),
     )
-    x = ops.linear_add(heads.reshape(q.shape), layer.o, layer.o_bias, x, axis)
-    if layer.gate is None:
-        (inner,) = ops.norm_linear(x, layer.mlp_norm, eps, (layer.up,), (layer.up_bias,), config.activation)
-    else:
-        inner = ops.gated(x, layer.mlp_norm, eps, layer.gate, layer.up, (layer.gate_bias, layer.up_bias), config.activation)
-    return ops.linear_add(inner, layer.down, layer.down_bias, x, axis), pages
+    weights = (layer.o, layer.gate, layer.up, layer.down)
+    biases = (layer.o_bias, layer.gate_bias, layer.up_bias, layer.down_bias)
+    return ops.output_mlp(heads.reshape(q.shape), x, layer.mlp_norm, weights, biases, config, axis), pages
 
 
 def logits(params: Decoder, config: ModelConfig, hidden: jax.Array) -> jax.Array:

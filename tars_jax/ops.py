@@ -85,6 +85,32 @@ def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Ar
     return residual + _biased(matmul(x, w), bias)
 
 
+def output_mlp(
+    heads: jax.Array,
+    residual: jax.Array,
+    norm: jax.Array,
+    weights: Sequence[Weight | None],
+    biases: Sequence[jax.Array | None],
+    config: ModelConfig,
+    axis: str | None = None,
+) -> jax.Array:
+    """What follows attention in a block: the output projection of heads [T, H * hd] onto the residual [T, D], and the feed-forward.
+
+    weights and biases: output projection, gate (None where there is none), up, down. ``axis`` as in `linear_add`.
+    """
+    output, gate, up, down = weights
+    if axis is None and all(w is None or isinstance(w, kernels.Tiled) for w in weights):
+        there = [i for i, w in enumerate(weights) if w is not None]
+        tiled: list[Any] = [weights[i] for i in there]
+        return kernels.output_mlp(heads, residual, norm, config.norm_eps, tiled, [biases[i] for i in there], config.activation)
+    x = linear_add(heads, output, biases[0], residual, axis)
+    if gate is None:
+        (inner,) = norm_linear(x, norm, config.norm_eps, (up,), (biases[2],), config.activation)
+    else:
+        inner = gated(x, norm, config.norm_eps, gate, up, biases[1:3], config.activation)
+    return linear_add(inner, down, biases[3], x, axis)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,

@@ -156,6 +156,27 @@ def test_large_products_are_shared_between_threads() -> None:
         np.testing.assert_allclose(call(jnp.asarray(x), tiled), as_kernel_reads(x, w) @ dense(w).T, atol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("kind", [(4, 32, 1, "float16"), (8, 16, 0, "float32"), "bfloat16"], ids=str)
+def test_output_and_feed_forward_in_one_call_are_the_calls_one_by_one(kind: Any, tokens: int, has_gate: bool, biased: bool) -> None:
+    shapes = [(64, 96), (128, 64), (128, 64), (64, 128)]  # output, gate, up, down
+    weights = [jax.tree.map(jnp.asarray, kernels.pack_tiles(weight(kind, *shape, seed=i))) for i, shape in enumerate(shapes)]
+    biases = [jnp.asarray(normals(shape[0], seed=i)) if biased else None for i, shape in enumerate(shapes)]
+    heads, residual, norm = jnp.asarray(normals(tokens, 96)), jnp.asarray(normals(tokens, 64, seed=2)), jnp.asarray(normals(64, seed=3))
+    output, gate, up, down = weights
+    x = kernels.linear_add(heads, output, biases[0], residual)
+    if has_gate:
+        inner = kernels.gated(x, norm, EPS, gate, up, "silu", *biases[1:3])
+    else:
+        (inner,) = kernels.norm_linear(x, norm, EPS, [up], biases[2:3], activation="silu")
+    expected = kernels.linear_add(inner, down, biases[3], x)
+    chosen = [0, 1, 2, 3] if has_gate else [0, 2, 3]
+    found = kernels.output_mlp(heads, residual, norm, EPS, [weights[i] for i in chosen], [biases[i] for i in chosen], "silu")
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_wrong_sizes_are_refused() -> None:
     w = kernels.pack_tiles(weight((4, 32, 1, "float16"), 20, 64))
     with pytest.raises(Exception, match="differ in inputs"):

@@ -4,7 +4,7 @@ They are optional. Where `available` is False (no C++ compiler and no prebuilt l
 attention.py do the same, slower.
 """
 
-from tars_jax.kernels.calls import attention, empty, gated, linear_add, norm_linear, rope_write
+from tars_jax.kernels.calls import attention, empty, gated, linear_add, norm_linear, output_mlp, rope_write
 from tars_jax.kernels.library import available, isa, unavailable_reason
 from tars_jax.kernels.tiled import Tiled, can_pack, pack_tiles, split_tiles, take_rows, untile
 
@@ -18,6 +18,7 @@ __all__ = [
     "isa",
     "linear_add",
     "norm_linear",
+    "output_mlp",
     "pack_tiles",
     "rope_write",
     "split_tiles",

@@ -77,6 +77,33 @@ def gated(
     return out
 
 
+def output_mlp(
+    heads: jax.Array,
+    residual: jax.Array,
+    norm: jax.Array,
+    eps: float,
+    weights: Sequence[Tiled],
+    biases: Sequence[jax.Array | None],
+    activation: Activation,
+) -> jax.Array:
+    """What follows attention in a block, in one call: ``x = linear_add(heads, output, residual)``, then ``x + down(...)`` of `gated`
+    (or of the activated ``up`` alone) on x: [T, H * hd], [T, D] -> [T, D].
+
+    weights and biases: output projection, gate (left out by models without one), up, down.
+    """
+    library.get()
+    operands = [array for w, bias in zip(weights, biases, strict=True) for array in (w.data, _optional(bias))]
+    attributes = {
+        "formats": np.array([w.format for w in weights], np.int64).reshape(-1),
+        "eps": np.float32(eps),
+        "activation": np.int64(ACTIVATIONS[activation]),
+    }
+    result = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+    call = jax.ffi.ffi_call("tars_output_mlp", result, vmap_method="sequential")
+    out: jax.Array = call(heads, residual, _optional(norm), *operands, **attributes)
+    return out
+
+
 def rope_write(
     q: jax.Array,
     k: jax.Array,

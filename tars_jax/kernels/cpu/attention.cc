@@ -84,7 +84,9 @@ void run_attention(Pool& pool, const Attention& a) {
   const Plan& shared = plan;  // the thread's own: helpers must see the caller's
   const int64_t count = static_cast<int64_t>(plan.tasks.size()), merges = static_cast<int64_t>(plan.merges.size());
   const int64_t scratch_bytes = attention_scratch(a.base.head_dim) * sizeof(float);
-  parallel(pool, plan.macs > kWorthSharing ? pool.threads() : 1, count + merges, count, [&](int64_t i) {
+  Barriers barriers;
+  barriers.add(count);
+  parallel(pool, plan.macs > kWorthSharing ? pool.threads() : 1, count + merges, barriers, [&](int64_t i) {
     static thread_local Scratch scratch;
     if (i < count) return k.attend(shared.tasks[i], static_cast<float*>(scratch.get(scratch_bytes)));
     const auto [first, parts] = shared.merges[i - count];
@@ -105,7 +107,7 @@ void run_rope_write(Pool& pool, const RopeWrite& w) {
     }
   };
   const int64_t tasks = ceil_div(w.tokens, kTokensPerTask);
-  parallel(pool, w.tokens > 2 * kTokensPerTask ? pool.threads() : 1, tasks, 0, [&](int64_t task) {
+  parallel(pool, w.tokens > 2 * kTokensPerTask ? pool.threads() : 1, tasks, {}, [&](int64_t task) {
     const int64_t end = std::min((task + 1) * kTokensPerTask, w.tokens);
     for (int64_t t = task * kTokensPerTask; t < end; ++t) write_token(t);
   });

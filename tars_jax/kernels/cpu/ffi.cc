@@ -84,7 +84,50 @@ ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::Re
     p.operands.push_back(o);
   }
   XlaPool pool(thread_pool);
-  run_product(pool, p);
+  run_products(pool, {p});
+  return ffi::Error::Success();
+}
+
+// Arguments: heads, residual, norm, then (data, bias) of the output projection, the gate (absent if there are three weights), up and down.
+ffi::Error output_mlp(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out, ffi::Span<const int64_t> formats,
+                      float eps, int64_t activation) {
+  const size_t weights = formats.size() / kFormatFields;
+  if (weights < 3 || weights > 4 || args.size() != 3 + 2 * weights) return invalid("wrong number of arrays");
+  ffi::AnyBuffer heads = *args.get<ffi::AnyBuffer>(0), residual = *args.get<ffi::AnyBuffer>(1), norm = *args.get<ffi::AnyBuffer>(2);
+  DType type, residual_type;
+  if (!dtype_of(heads.element_type(), &type) || !dtype_of(residual.element_type(), &residual_type)) return invalid("unsupported dtype in output_mlp");
+  if (out->element_type() != residual.element_type()) return invalid("dtypes differ in output_mlp");
+  std::vector<Operand> w;
+  for (size_t i = 0; i < weights; ++i) {
+    ffi::AnyBuffer data = *args.get<ffi::AnyBuffer>(3 + 2 * i), bias = *args.get<ffi::AnyBuffer>(4 + 2 * i);
+    w.push_back({format_of(formats, i), static_cast<const uint8_t*>(data.untyped_data()), {}});
+    const Format& f = w.back().format;
+    if (static_cast<int64_t>(data.size_bytes()) != f.tiles() * f.tile_bytes()) return invalid("packed weight has the wrong size");
+    w.back().finish.bias = optional_floats(bias);
+    w.back().finish.outputs = f.outputs;
+  }
+  const int64_t rows = heads.dimensions()[0], width = residual.dimensions()[1], inner = w[weights - 2].format.outputs;
+  if (w[0].format.inputs != heads.dimensions()[1] || w[0].format.outputs != width || w[1].format.inputs != width ||
+      w[weights - 2].format.inputs != width || w[1].format.outputs != inner || w[weights - 1].format.inputs != inner ||
+      w[weights - 1].format.outputs != width)
+    return invalid("weight and activations differ in inputs");
+  static thread_local Scratch scratch;
+  const int64_t middle_bytes = ceil_div(rows * width * size_of(residual_type), 64) * 64;
+  char* middle = static_cast<char*>(scratch.get(middle_bytes + rows * inner * size_of(type)));
+  char* hidden = middle + middle_bytes;
+  Product project{heads.untyped_data(), type, rows, w[0].format.inputs, nullptr, 0.0f, {w[0]}, false};
+  Product widen{middle, residual_type, rows, width, optional_floats(norm), eps, {w[1]}, weights == 4};
+  Product narrow{hidden, type, rows, inner, nullptr, 0.0f, {w[weights - 1]}, false};
+  Finish& a = project.operands[0].finish;
+  a.residual = residual.untyped_data(), a.residual_type = residual_type, a.out = middle, a.out_type = residual_type;
+  if (weights == 4) widen.operands.push_back(w[2]);
+  Finish& b = widen.operands[0].finish;
+  b.activation = static_cast<Activation>(activation), b.out = hidden, b.out_type = type;
+  if (weights == 4) b.other_bias = w[2].finish.bias;
+  Finish& c = narrow.operands[0].finish;
+  c.residual = middle, c.residual_type = residual_type, c.out = out->untyped_data(), c.out_type = residual_type;
+  XlaPool pool(thread_pool);
+  run_products(pool, {project, widen, narrow});
   return ffi::Error::Success();
 }
 
@@ -188,6 +231,10 @@ using Int64s = xla::ffi::Span<const int64_t>;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_product, tars::product,
                               Ffi::Bind().Ctx<ThreadPool>().RemainingArgs().RemainingRets().Attr<Int64s>("formats").Attr<float>("eps")
                                   .Attr<int64_t>("activation").Attr<int64_t>("gated"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_output_mlp, tars::output_mlp,
+                              Ffi::Bind().Ctx<ThreadPool>().RemainingArgs().Ret<AnyBuffer>().Attr<Int64s>("formats").Attr<float>("eps")
+                                  .Attr<int64_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_attention, tars::attention,
                               Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()

@@ -30,18 +30,26 @@ inline void pause_or_yield(int round) {
   }
 }
 
-// Tasks 0..tasks-1 claimed in order from one counter. Tasks from `barrier` on start when all before it are done.
+// Where the stages of a job after the first begin: their tasks start when all before them are done.
+struct Barriers {
+  static constexpr int kMost = 8;
+  int64_t at[kMost];
+  int count = 0;
+  void add(int64_t task) { at[count++] = task; }
+};
+
+// Tasks 0..tasks-1 claimed in order from one counter.
 class Job {
  public:
   using Run = void (*)(void* context, int64_t task);
-  Job(Run run, void* context, int64_t tasks, int64_t barrier) : run_(run), context_(context), tasks_(tasks), barrier_(barrier) {}
+  Job(Run run, void* context, int64_t tasks, const Barriers& barriers) : run_(run), context_(context), tasks_(tasks), barriers_(barriers) {}
 
   // A helper that comes late finds no task and touches nothing of the caller's, which may have returned.
   void work() {
-    for (;;) {
+    for (int stage = 0;;) {
       const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks_) return;
-      if (task >= barrier_) wait_for(barrier_);
+      for (; stage < barriers_.count && task >= barriers_.at[stage]; ++stage) wait_for(barriers_.at[stage]);
       run_(context_, task);
       finished_.fetch_add(1, std::memory_order_release);
     }
@@ -56,21 +64,22 @@ class Job {
 
   const Run run_;
   void* const context_;
-  const int64_t tasks_, barrier_;
+  const int64_t tasks_;
+  const Barriers barriers_;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int64_t> finished_{0};
 };
 
 // Runs function(task) for every task, on up to `threads` threads of the pool.
 template <class F>
-void parallel(Pool& pool, int threads, int64_t tasks, int64_t barrier, F&& function) {
+void parallel(Pool& pool, int threads, int64_t tasks, const Barriers& barriers, F&& function) {
   if (threads > tasks) threads = static_cast<int>(tasks);
   if (threads <= 1) {
     for (int64_t i = 0; i < tasks; ++i) function(i);
     return;
   }
   auto run = [](void* context, int64_t task) { (*static_cast<std::remove_reference_t<F>*>(context))(task); };
-  auto job = std::make_shared<Job>(run, &function, tasks, barrier);
+  auto job = std::make_shared<Job>(run, &function, tasks, barriers);
   for (int i = 1; i < threads; ++i) pool.schedule(job);
   job->work();
   job->wait();

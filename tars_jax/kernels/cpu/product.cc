@@ -9,6 +9,7 @@ constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels sta
 constexpr int64_t kChunkBytes = 64 << 10;
 constexpr int64_t kChunksPerThread = 6;
 constexpr int64_t kFewRows = 8;  // up to here bfloat16 weights are memory-bound, and activations may as well stay float32
+constexpr int64_t kManyRows = 64;  // above, waking costs nothing beside the work, and products had better share one cache-warm scratch
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -27,35 +28,36 @@ class Runner {
     }
     if (p.gated) tiles_.pop_back();
     for (int64_t t : tiles_) total_tiles_ += t;
+    measure_panels();
   }
 
-  void run(Pool& pool) {
-    if (!p_.rows || !total_tiles_) return;
-    allocate();
-    const int threads = worth_sharing() ? pool.threads() : 1;
+  int64_t bytes_of_panels() const { return panel_size_ * panels_; }
+  void use_memory(char* memory) { memory_ = memory; }
+  double seconds() const {  // of one thread, roughly
+    const double macs = static_cast<double>(total_tiles_) * kLanes * p_.inputs * p_.rows;
+    return std::max(bytes_ / kBytesPerSecond, macs / kMacsPerSecond);
+  }
+
+  // Tasks of two stages: the panels, then the tiles by chunks.
+  int64_t panels() const { return panels_; }
+  int64_t cut(int threads) {
     const int64_t tile_bytes = std::max<int64_t>(bytes_ / total_tiles_, 1);
     chunk_ = std::clamp(std::min(total_tiles_ / (threads * kChunksPerThread), kChunkBytes / tile_bytes), int64_t{1}, total_tiles_);
     chunks_ = ceil_div(total_tiles_, chunk_);
-    const int64_t row_blocks = ceil_div(panels_, kRowBlockPanels);
-    parallel(pool, threads, panels_ + row_blocks * chunks_, panels_, [&](int64_t task) {
-      if (task < panels_) prepare(task);
-      else multiply((task - panels_) / chunks_, (task - panels_) % chunks_);
-    });
+    return tasks_ = panels_ + ceil_div(panels_, kRowBlockPanels) * chunks_;
+  }
+  int64_t tasks() const { return tasks_; }
+  void run(int64_t task) const {
+    if (task < panels_) prepare(task);
+    else multiply((task - panels_) / chunks_, (task - panels_) % chunks_);
   }
 
  private:
-  bool worth_sharing() const {
-    const double macs = static_cast<double>(total_tiles_) * kLanes * p_.inputs * p_.rows;
-    return std::max(bytes_ / kBytesPerSecond, macs / kMacsPerSecond) > kWakeSeconds;
-  }
-
-  void allocate() {
+  void measure_panels() {
     groups_size_ = want_groups_ ? ceil_div(p_.inputs, kGroup) * kPanel * sizeof(ActivationGroup) : 0;
     floats_size_ = want_floats_ ? round_up(p_.inputs, 2) * kPanel * sizeof(float) : 0;
     pairs_size_ = want_pairs_ ? round_up(p_.inputs, 2) / 2 * kPanel * sizeof(uint32_t) : 0;
     panel_size_ = round_up(groups_size_ + floats_size_ + pairs_size_, 64);
-    static thread_local Scratch scratch;
-    memory_ = static_cast<char*>(scratch.get(panel_size_ * panels_));
   }
 
   PanelBuffers buffers(int64_t panel) const {
@@ -112,13 +114,44 @@ class Runner {
   std::vector<Kernels::DotTile> dots_;
   std::vector<int64_t> tiles_;  // of each operand that has outputs of its own
   bool want_groups_ = false, want_floats_ = false, want_pairs_ = false;
-  int64_t bytes_ = 0, total_tiles_ = 0, chunk_ = 1, chunks_ = 0;
+  int64_t bytes_ = 0, total_tiles_ = 0, chunk_ = 1, chunks_ = 0, tasks_ = 0;
   int64_t groups_size_ = 0, floats_size_ = 0, pairs_size_ = 0, panel_size_ = 0;
   char* memory_ = nullptr;
 };
 
 }  // namespace
 
-void run_product(Pool& pool, const Product& product) { Runner(product, kernels()).run(pool); }
+void run_products(Pool& pool, const std::vector<Product>& products) {
+  if (products.size() > 1 && products[0].rows > kManyRows) {
+    for (const Product& p : products) run_products(pool, {p});
+    return;
+  }
+  std::vector<Runner> runners;
+  double seconds = 0.0;
+  int64_t bytes = 0;
+  for (const Product& p : products) {
+    if (!p.rows) return;
+    runners.emplace_back(p, kernels());
+    seconds += runners.back().seconds();
+    bytes += runners.back().bytes_of_panels();
+  }
+  static thread_local Scratch scratch;
+  char* memory = static_cast<char*>(scratch.get(bytes));
+  const int threads = seconds > kWakeSeconds ? pool.threads() : 1;
+  Barriers barriers;
+  int64_t tasks = 0;
+  for (Runner& r : runners) {
+    r.use_memory(memory);
+    memory += r.bytes_of_panels();
+    if (tasks) barriers.add(tasks);
+    barriers.add(tasks + r.panels());
+    tasks += r.cut(threads);
+  }
+  parallel(pool, threads, tasks, barriers, [&](int64_t task) {
+    size_t i = 0;
+    for (; task >= runners[i].tasks(); ++i) task -= runners[i].tasks();
+    runners[i].run(task);
+  });
+}
 
 }  // namespace tars

@@ -23,6 +23,7 @@ struct Product {
   bool gated;  // two operands: the second multiplies the first's activated result
 };
 
-void run_product(Pool& pool, const Product& product);
+// Products one after the other, each on the results of those before it. In one job: threads are woken once.
+void run_products(Pool& pool, const std::vector<Product>& products);
 
 }  // namespace tars
