@@ -167,8 +167,8 @@ def _block(
         with_kernels=ops.uses_kernels(layer.q),
     )
     weights = (layer.o, layer.gate, layer.up, layer.down)
-    biases = (layer.o_bias, layer.gate_bias, layer.up_bias, layer.down_bias)
-    return ops.output_mlp(heads.reshape(q.shape), x, layer.mlp_norm, weights, biases, config, axis), pages
+    rest = (layer.o_bias, layer.gate_bias, layer.up_bias, layer.down_bias)
+    return ops.output_mlp(heads.reshape(q.shape), x, layer.mlp_norm, weights, rest, config, axis), pages
 
 
 def logits(params: Decoder, config: ModelConfig, hidden: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from tars_jax.rows import FIELDS
+
 CANDIDATES = 64  # rows with a top-k up to this never look at the rest of the vocabulary
 MAX_TOP_LOGPROBS = 20
 BLOCK = 128  # columns whose maximum stands for them in a first pass
@@ -32,6 +34,14 @@ class SampleRows:
     top_logprobs: jax.Array  # alternatives wanted beside the token's own log-probability; -1: not even that
     masked: jax.Array  # bool: whether the row's allowed tokens are restricted
     allowed: jax.Array  # uint32 [R, ceil(V / 32)]: bit v % 32 of word v // 32 allows token v; read for masked rows only
+
+
+def unpack_rows(packed: jax.Array, allowed: jax.Array) -> SampleRows:
+    """Packed rows int32 [R, len(FIELDS)] and their mask as `SampleRows`."""
+    columns: dict[str, jax.Array] = {
+        name: lax.bitcast_convert_type(packed[:, i], jnp.dtype(dtype)) for i, (name, dtype) in enumerate(FIELDS.items())
+    }
+    return SampleRows(**{**columns, "masked": columns["masked"] > 0}, allowed=allowed)
 
 
 class Sampled(NamedTuple):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "tars_jax.errors",
     "tars_jax.config",
+    "tars_jax.rows",
     "tars_jax.memory",
     "tars_jax.quant",
     "tars_jax.cache",

@@ -21,7 +21,7 @@ from tars_jax.engine.programs import Programs
 from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.engine.scheduler import Plan, Scheduler
 from tars_jax.engine.sequence import Sequence
-from tars_jax.engine.step import EngineState, buckets, build_batch, empty_batch, init_state, read_row, run_step
+from tars_jax.engine.step import Batches, EngineState, buckets, init_state, read_row, run_step
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
 from tars_jax.kernels import Tiled
 from tars_jax.loaders.loaded import Model
@@ -82,6 +82,7 @@ class Engine:
         params = model.params if self._mesh is None else sharding.shard(model.params, model.config, self._mesh)
         self._version = 1
         self._leaves, self._tree = jax.tree.flatten(params)
+        self._batches = Batches(self.config, model.config.vocab_size)
         self._state: EngineState
         self._reset()
         self._programs = Programs(partial(self._lower, self._leaves, self._tree))
@@ -209,29 +210,29 @@ class Engine:
         self._in_flight = dispatched
 
     def _dispatch(self, plan: Plan) -> jax.Array:
-        batch = build_batch(plan, self.config, self.model.config.vocab_size)
-        program = self._programs.get(batch.ragged.tokens.shape[0])
-        self._state, out = program(self._leaves, self._state, batch)
+        bucket, batch = self._batches.build(plan)
+        self._state, out = self._programs.get(bucket)(self._leaves, self._state, batch)
         return out
 
     def _lower(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, bucket: int) -> jax.stages.Lowered:
-        batch = empty_batch(bucket, self.config, self.model.config.vocab_size)
+        fixed = {"layout": self._batches.layout(bucket), "config": self.model.config, "dtype": self.model.dtype, "mesh": self._mesh}
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self._state)
-        return run_step.lower(leaves, abstract, batch, tree=tree, config=self.model.config, dtype=self.model.dtype, mesh=self._mesh)
+        return run_step.lower(leaves, abstract, self._batches.empty(bucket), tree=tree, **fixed)
 
     def _commit(self, plan: Plan, out: jax.Array) -> None:
         rows = np.asarray(out)  # waits for the device
         self._counters["steps"] += 1
         self._counters["step_rows"] += len(plan)
         self._counters["step_tokens"] += sum(span.count for span in plan)
-        for row, span in zip(rows, plan, strict=False):
+        sampled = iter(rows)
+        for span in plan:
             sequence = span.sequence
             if span.start < sequence.prompt_length:
                 self._counters["prompt_tokens"] += min(span.count, sequence.prompt_length - span.start)
             if not span.samples:
                 continue
             self._counters["output_tokens"] += sequence.finish_reason is None
-            sequence.append(*read_row(row, sequence.params.top_logprobs))
+            sequence.append(*read_row(next(sampled), sequence.params.top_logprobs))
             if sequence.finish_reason:
                 self._forget(sequence)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from tars_jax.chat.splitters import MARKERS
 from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
+from tars_jax.rows import pack_row
 from tars_jax.tokenizer import TextStream, Tokenizer
 
 
@@ -70,10 +71,22 @@ class Sequence:
         room = max_context - self.prompt_length
         self.max_tokens = room if self.params.max_tokens is None else min(self.params.max_tokens, room)
         self.seed = self.params.seed if self.params.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+        self.numbers = self._numbers(max_context)  # int32, how its tokens are sampled
         self._ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else tokenizer.eog_ids)
         self._text = TextStream(tokenizer, continues=True, keep=MARKERS)
         self._stops = StopStrings(self.params.stop)
         self.started = self.first_token = 0.0  # seconds, time.monotonic()
+
+    def _numbers(self, max_context: int) -> np.ndarray:
+        p = self.params
+        fields = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
+        return pack_row(
+            **{field: getattr(p, field) for field in fields},
+            window=max_context if p.repeat_last_n < 0 else p.repeat_last_n,
+            seed=self.seed & 0xFFFFFFFF,
+            top_logprobs=p.top_logprobs if p.logprobs else -1,
+            masked=self.constraint is not None,
+        )
 
     @property
     def pending(self) -> int:

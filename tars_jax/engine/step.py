@@ -4,6 +4,7 @@ The device keeps each row's token history, so a decode's input token never visit
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,8 @@ from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.scheduler import Plan, Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.model import Decoder, forward, logits
-from tars_jax.sampling import MAX_TOP_LOGPROBS, SampleRows, sample
+from tars_jax.rows import FIELDS, pack_row
+from tars_jax.sampling import MAX_TOP_LOGPROBS, sample, unpack_rows
 
 FROM_DEVICE = -1  # input token: the one this row sampled last
 
@@ -35,12 +37,50 @@ class EngineState:
 
 @struct.dataclass
 class StepBatch:
-    """Input of a step of T tokens and R rows. slots: int32 [R], max_rows for padding; samples: bool [R]."""
+    """Input of a step of T tokens and R rows, at most R of whose tokens are followed by a sampled one.
 
-    ragged: RaggedBatch
-    slots: jax.Array
-    samples: jax.Array
-    rows: SampleRows
+    numbers: int32, everything small in one array, since each array handed to a program costs the host: see `Layout`.
+    allowed: uint32 [R, ceil(V / 32)], the sampled rows' masks.
+    """
+
+    numbers: jax.Array
+    allowed: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What stands where in a step's numbers."""
+
+    tokens: int  # T
+    rows: int  # R
+    pages: int  # P, of a row's table
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        T, R = self.tokens, self.rows
+        return {
+            "tokens": (T,),  # FROM_DEVICE: what the row sampled last
+            "positions": (T,),  # -1 for padding
+            "query_starts": (R + 1,),
+            "kv_lengths": (R,),
+            "page_tables": (R, self.pages),
+            "slots": (R,),  # of each row in the token table; max_rows for padding
+            "sample_at": (R,),  # tokens whose successor is sampled; T for padding
+            "samples": (R, len(FIELDS)),  # how, see `sampling.pack_row`
+        }
+
+    def split(self, numbers: Any) -> dict[str, Any]:
+        """The parts of the numbers: views of a numpy array, slices of a traced one."""
+        parts, at = {}, 0
+        for name, shape in self.shapes.items():
+            size = math.prod(shape)
+            parts[name] = numbers[at : at + size].reshape(shape)
+            at += size
+        return parts
+
+    @property
+    def size(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def init_state(config: ModelConfig, engine: EngineConfig, mesh: Mesh | None = None) -> EngineState:
@@ -55,34 +95,39 @@ def init_state(config: ModelConfig, engine: EngineConfig, mesh: Mesh | None = No
     return EngineState(cache=cache, tokens=jnp.zeros((engine.max_rows, engine.max_context), jnp.int32, device=whole))
 
 
-@partial(jax.jit, static_argnames=("tree", "config", "dtype", "mesh"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("layout", "tree", "config", "dtype", "mesh"), donate_argnames="state")
 def run_step(
     leaves: list[jax.Array],
     state: EngineState,
     batch: StepBatch,
     *,
+    layout: Layout,
     tree: jax.tree_util.PyTreeDef,
     config: ModelConfig,
     dtype: str,
     mesh: Mesh | None = None,
 ) -> tuple[EngineState, jax.Array]:
-    """``(state, out)``: out is int32 [R, 2 + 2 * MAX_TOP_LOGPROBS], see `read_row`; rows that do not sample hold noise.
+    """``(state, out)``: out is int32 [R, 2 + 2 * MAX_TOP_LOGPROBS], a row for each sampled token in their order, see `read_row`.
 
     The parameters come as the leaves of ``tree``: flattening 300 of them anew for each step would cost a quarter of a millisecond.
     """
     params: Decoder = jax.tree.unflatten(tree, leaves)
-    ragged = batch.ragged
+    parts = layout.split(batch.numbers)
+    ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
     max_rows, context = state.tokens.shape
-    token_slots = jnp.where(ragged.positions < 0, max_rows, batch.slots[ragged.rows])
+    token_slots = jnp.where(ragged.positions < 0, max_rows, parts["slots"][ragged.rows])
     known = state.tokens.at[token_slots, ragged.positions].get(mode="fill", fill_value=0)
     ragged = dataclasses.replace(ragged, tokens=jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens))
     tokens = state.tokens.at[token_slots, ragged.positions].set(ragged.tokens, mode="drop")
     run = forward if mesh is None else partial(sharding.sharded_forward, mesh=mesh)
     hidden, cache = run(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
-    history = tokens.at[batch.slots].get(mode="fill", fill_value=0)
-    sampled = sample(logits(params, config, hidden[ragged.last_tokens]), batch.rows, history, ragged.kv_lengths)
-    target = jnp.where(batch.samples, batch.slots, max_rows)
-    tokens = tokens.at[target, ragged.kv_lengths].set(sampled.tokens, mode="drop")
+    at = parts["sample_at"]
+    slots = token_slots.at[at].get(mode="fill", fill_value=max_rows)
+    lengths = ragged.positions.at[at].get(mode="fill", fill_value=-1) + 1
+    history = tokens.at[slots].get(mode="fill", fill_value=0)
+    scores = logits(params, config, hidden.at[at].get(mode="fill", fill_value=0))
+    sampled = sample(scores, unpack_rows(parts["samples"], batch.allowed), history, lengths)
+    tokens = tokens.at[slots, lengths].set(sampled.tokens, mode="drop")
     floats = jnp.concatenate([sampled.logprob[:, None], sampled.top_logprobs], axis=1)
     out = jnp.concatenate([sampled.tokens[:, None], sampled.top_ids, jax.lax.bitcast_convert_type(floats, jnp.int32)], axis=1)
     return EngineState(cache=cache, tokens=tokens), out
@@ -106,74 +151,71 @@ def buckets(engine: EngineConfig) -> list[int]:
     return [1 << i for i in range(bucket(engine.max_step_tokens).bit_length())]
 
 
-def empty_batch(T: int, engine: EngineConfig, vocab_size: int) -> StepBatch:
-    """Padding alone: T tokens, R = min(T, max_rows) rows."""
-    R = min(T, engine.max_rows)
-    ragged = RaggedBatch(
-        tokens=_filled(T),
-        positions=_filled(T, value=-1),
-        query_starts=_filled(R + 1),
-        kv_lengths=_filled(R),
-        page_tables=_filled(R, -(-engine.max_context // engine.page_size)),
-    )
-    return StepBatch(
-        ragged=ragged, slots=_filled(R, value=engine.max_rows), samples=_filled(R, dtype=np.bool_), rows=_empty_rows(R, vocab_size)
-    )
+class Batches:
+    """Makes the steps' inputs for one engine."""
+
+    def __init__(self, engine: EngineConfig, vocab_size: int) -> None:
+        self._engine, self._mask_words = engine, -(-vocab_size // 32)
+        self._empty: dict[int, np.ndarray] = {}
+        self._unmasked: dict[int, jax.Array] = {}  # stay on the device
+
+    def layout(self, bucket: int) -> Layout:
+        """Of a step of ``bucket`` tokens."""
+        engine = self._engine
+        return Layout(bucket, min(bucket, engine.max_rows), -(-engine.max_context // engine.page_size))
+
+    def empty(self, bucket: int) -> StepBatch:
+        """Padding alone."""
+        numbers: Any = self._padding(bucket)
+        return StepBatch(numbers, self._no_masks(self.layout(bucket).rows))
+
+    def build(self, plan: Plan) -> tuple[int, StepBatch]:
+        """A plan's bucket and arrays. A fresh array every time: a step that is still running may read the last one."""
+        size = bucket(sum(span.count for span in plan))
+        layout, numbers = self.layout(size), self._padding(size).copy()
+        parts = layout.split(numbers)
+        masks: dict[int, Sequence] = {}
+        at = sample = 0
+        for r, span in enumerate(plan):
+            _fill(parts, r, span, at)
+            at += span.count
+            if span.samples:
+                parts["sample_at"][sample] = at - 1
+                parts["samples"][sample] = span.sequence.numbers
+                if span.sequence.constraint is not None:
+                    masks[sample] = span.sequence
+                sample += 1
+        parts["query_starts"][len(plan) :] = at
+        allowed: Any = self._masks(layout.rows, masks) if masks else self._no_masks(layout.rows)
+        return size, StepBatch(numbers, allowed)  # type: ignore[arg-type]  # structs speak of device arrays
+
+    def _padding(self, bucket: int) -> np.ndarray:
+        if bucket not in self._empty:
+            layout = self.layout(bucket)
+            numbers = np.zeros(layout.size, np.int32)
+            parts = layout.split(numbers)
+            parts["positions"][:], parts["slots"][:], parts["sample_at"][:] = -1, self._engine.max_rows, bucket
+            parts["samples"][:] = pack_row()
+            self._empty[bucket] = numbers
+        return self._empty[bucket]
+
+    def _no_masks(self, rows: int) -> jax.Array:
+        if rows not in self._unmasked:
+            self._unmasked[rows] = jnp.zeros((rows, self._mask_words), jnp.uint32)
+        return self._unmasked[rows]
+
+    def _masks(self, rows: int, masks: dict[int, Sequence]) -> np.ndarray:
+        allowed = np.zeros((rows, self._mask_words), np.uint32)
+        for row, sequence in masks.items():
+            assert sequence.constraint is not None
+            sequence.constraint.fill(allowed[row])
+        return allowed
 
 
-def build_batch(plan: Plan, engine: EngineConfig, vocab_size: int) -> StepBatch:
-    """A plan as arrays, padded to its bucket."""
-    batch: Any = empty_batch(bucket(sum(span.count for span in plan)), engine, vocab_size)
-    at = 0
-    for r, span in enumerate(plan):
-        _fill_ragged(batch, r, span, at)
-        at += span.count
-        if span.samples:
-            _fill_row(batch.rows, r, span.sequence, engine.max_context)
-    batch.ragged.query_starts[len(plan) :] = at
-    return batch
-
-
-def _fill_ragged(batch: Any, r: int, span: Span, at: int) -> None:
+def _fill(parts: dict[str, Any], r: int, span: Span, at: int) -> None:
     sequence, end = span.sequence, span.start + span.count
     known = sequence.tokens[span.start : end]
-    batch.ragged.tokens[at : at + span.count] = known + [FROM_DEVICE] * (span.count - len(known))
-    batch.ragged.positions[at : at + span.count] = range(span.start, end) if span.count > 1 else span.start
-    batch.ragged.query_starts[r], batch.ragged.kv_lengths[r] = at, end
-    batch.ragged.page_tables[r, : len(sequence.pages)] = sequence.pages
-    batch.slots[r], batch.samples[r] = sequence.slot, span.samples
-
-
-def _filled(*shape: int, value: float = 0, dtype: type = np.int32) -> Any:
-    """A fresh host array (a step that is still running may read the last one); Any, since structs speak of device arrays."""
-    return np.full(shape, value, dtype)
-
-
-def _empty_rows(R: int, vocab_size: int) -> SampleRows:
-    """Greedy rows: they cost nothing."""
-    return SampleRows(
-        temperature=_filled(R, dtype=np.float32),
-        top_k=_filled(R),
-        top_p=_filled(R, value=1, dtype=np.float32),
-        min_p=_filled(R, dtype=np.float32),
-        repeat_penalty=_filled(R, value=1, dtype=np.float32),
-        presence_penalty=_filled(R, dtype=np.float32),
-        frequency_penalty=_filled(R, dtype=np.float32),
-        window=_filled(R),
-        seed=_filled(R, dtype=np.uint32),
-        top_logprobs=_filled(R, value=-1),
-        masked=_filled(R, dtype=np.bool_),
-        allowed=_filled(R, -(-vocab_size // 32), dtype=np.uint32),
-    )
-
-
-def _fill_row(rows: Any, r: int, sequence: Sequence, max_context: int) -> None:
-    params = sequence.params
-    for field in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
-        getattr(rows, field)[r] = getattr(params, field)
-    rows.window[r] = max_context if params.repeat_last_n < 0 else params.repeat_last_n
-    rows.seed[r] = sequence.seed & 0xFFFFFFFF
-    rows.top_logprobs[r] = params.top_logprobs if params.logprobs else -1
-    if sequence.constraint is not None:
-        rows.masked[r] = True
-        sequence.constraint.fill(rows.allowed[r])
+    parts["tokens"][at : at + span.count] = known + [FROM_DEVICE] * (span.count - len(known))
+    parts["positions"][at : at + span.count] = range(span.start, end) if span.count > 1 else span.start
+    parts["query_starts"][r], parts["kv_lengths"][r], parts["slots"][r] = at, end, sequence.slot
+    parts["page_tables"][r, : len(sequence.pages)] = sequence.pages
