@@ -8,7 +8,6 @@ namespace {
 constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels stay in a 1 MiB second-level cache
 constexpr int64_t kChunkBytes = 64 << 10;
 constexpr int64_t kChunksPerThread = 6;
-constexpr int64_t kFewRows = 8;  // up to here bfloat16 weights are memory-bound, and activations may as well stay float32
 constexpr int64_t kManyRows = 64;  // above, waking costs nothing beside the work, and products had better share one cache-warm scratch
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 
@@ -18,7 +17,7 @@ class Runner {
  public:
   Runner(const Product& p, const Kernels& k) : p_(p), k_(k), panels_(ceil_div(p.rows, kPanel)) {
     for (const Operand& o : p.operands) {
-      const bool pairs = o.format.dtype == DType::kBF16 && !o.format.quantized() && p.rows > kFewRows && k.native_pairs();
+      const bool pairs = o.format.dtype == DType::kBF16 && !o.format.quantized() && k.native_pairs();
       dots_.push_back(k.pick_dot(o.format, pairs));
       tiles_.push_back(o.format.tiles());
       want_groups_ |= o.format.quantized();
