@@ -6,7 +6,7 @@ MODEL ?= smollm2:135m
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run serve test lint bench clean
+.PHONY: help setup run serve test lint bench sanitize clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,14 @@ lint: $(TESTED) ## Check style and types
 
 bench: setup ## Measure prefill, decode, start-up and memory
 	@$(BIN)/tars bench --model $(MODEL)
+
+# Leaks are not looked for: the interpreter and XLA keep memory until the process ends.
+SANITIZED = TARS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+PRELOADED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0
+
+sanitize: $(TESTED) ## Run the kernel tests under the address and undefined-behaviour sanitizers (some minutes)
+	@$(SANITIZED) $(BIN)/python -c "from tars_jax.kernels import build; print(build.ensure())"
+	@$(SANITIZED) $(PRELOADED) $(BIN)/python -m pytest -q tests/test_kernels.py
 
 clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

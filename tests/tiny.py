@@ -38,6 +38,9 @@ class TinyTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([32 + token_id % 95])
 
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode()
+
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         return [byte - 32 for byte in text.encode("ascii")]
 

@@ -35,3 +35,13 @@ def bench(
         print(f"{label:<14}{rate.median:>10.1f} ± {rate.spread:.1f} tokens/s")
     print(f"{'start-up':<14}{report.startup_seconds:>10.2f} s to the first token, warm compilation cache")
     print(f"{'memory':<14}{report.peak_rss_mb:>10.0f} MB at most")
+    for name, stages in report.stages.items():
+        total = sum(stages.values())
+        print(f"\n{name + ', by stage':<28}{total:>10.2f} ms")
+        for stage, ms in stages.items():
+            print(f"  {stage:<26}{ms:>10.2f} ms{ms / total:>8.0%}")
+    limit = report.roofline
+    read, reached = f"{limit.bytes_per_token / 1e6:.0f} MB", f"{limit.bandwidth_gb:.1f} GB/s"
+    print(f"\ndecode reads {read} a token: {limit.decode_share:.0%} of the {reached} measured")
+    macs, speed = f"{limit.macs_per_token / 1e6:.0f} million multiply-adds", f"{limit.gmacs:.0f} thousand millions a second"
+    print(f"prefill does {macs} a token: {limit.prefill_share:.0%} of the {speed} measured")

@@ -53,9 +53,14 @@ class Manifest:
     library: str  # hash of the file itself
 
 
+def extra_flags(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Further flags for compiler and linker, from ``TARS_CXXFLAGS``: a library built with others is another library."""
+    return shlex.split(environ.get("TARS_CXXFLAGS", ""))
+
+
 def source_hash() -> str:
     """Hash of everything we hand to a compiler."""
-    digest = hashlib.sha256(repr((FLAGS, X86_FLAGS, FILE_FLAGS, platform.machine(), sys.platform)).encode())
+    digest = hashlib.sha256(repr((FLAGS, X86_FLAGS, FILE_FLAGS, extra_flags(), platform.machine(), sys.platform)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".h", ".cc"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -150,12 +155,12 @@ def _compile(compiler: list[str], scratch: Path) -> None:
         if platform.machine().lower() in ("x86_64", "amd64"):
             extra += X86_FLAGS.get(path.name, ())
         include = Path(jaxlib.__file__).parent / "include"
-        _run([*compiler, *FLAGS, *extra, "-isystem", str(include), "-c", str(path), "-o", str(objects[index])])
+        _run([*compiler, *FLAGS, *extra, *extra_flags(), "-isystem", str(include), "-c", str(path), "-o", str(objects[index])])
 
     slow_first = sorted(range(len(units)), key=lambda i: not units[i].name.startswith("isa_"))
     with ThreadPoolExecutor(min(COMPILE_JOBS, os.cpu_count() or 1)) as pool:
         list(pool.map(unit, slow_first))
-    _run([*compiler, "-shared", "-o", str(scratch / LIBRARY), *map(str, objects), "-pthread"])
+    _run([*compiler, "-shared", *extra_flags(), "-o", str(scratch / LIBRARY), *map(str, objects), "-pthread"])
 
 
 def _run(command: list[str]) -> None:

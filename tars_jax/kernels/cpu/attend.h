@@ -19,6 +19,7 @@
 namespace tars::TARS_ISA {
 
 constexpr float kMasked = -1e30f;  // finite, so that a fully masked segment gives exp(0) * 0 and not NaN
+constexpr float kLeastTotal = 1e-30f;  // a query that sees nothing gives zeros
 constexpr int kAhead = 64;         // tokens of keys fetched before they are needed
 
 TARS_INLINE int64_t padded_dim(const AttentionTask& t) { return ceil_div(t.head_dim, kLanes) * kLanes; }
@@ -224,11 +225,13 @@ static void store_head(const AttentionTask& t, int64_t query, int64_t head, cons
   }
 }
 
-TARS_INLINE float divisor(float total) { return total < 1e-30f ? 1e-30f : total; }
-
 static void scatter_values(const AttentionTask& t, const Lanes& s, float* row) {
+  for (int v = 0; v < kQueryRows; v += kLanes) {
+    const Floats total = max(load(s.total + v), splat(kLeastTotal));
+    for (int64_t d = 0; d < t.head_dim; ++d) store(s.values + d * kQueryRows + v, load(s.values + d * kQueryRows + v) / total);
+  }
   for (int64_t r = 0; r < t.count * t.group; ++r) {
-    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r] / divisor(s.total[r]);
+    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r];
     store_head(t, r / t.group, r % t.group, row);
   }
 }
@@ -416,12 +419,11 @@ static void merge(const AttentionTask& t, int64_t segments) {
       }
       maximum = j.maximum;
     }
-    float sums[kLanes];
-    store(sums, total);
+    const Floats divisor = max(total, splat(kLeastTotal));
     char* out = static_cast<char*>(t.out) + (t.first * t.heads + t.head + h) * t.head_dim * size_of(t.q_type);
     for (int64_t d = 0; d < t.head_dim; d += kLanes) {
       const int lanes = static_cast<int>(t.head_dim - d < kLanes ? t.head_dim - d : kLanes);
-      store_some(t.q_type, out + d * size_of(t.q_type), load_some(DType::kF32, first + 2 + d, lanes) / splat(divisor(sums[0])), lanes);
+      store_some(t.q_type, out + d * size_of(t.q_type), load_some(DType::kF32, first + 2 + d, lanes) / divisor, lanes);
     }
   }
 }
