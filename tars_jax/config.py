@@ -84,6 +84,7 @@ class EngineConfig:
     cache_tokens: int = 0  # tokens the KV pool holds; 0: max(2 * max_context, 8192)
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     max_queue: int = 512  # waiting requests before new ones are refused
+    prefix_cache: bool = True  # keep finished requests' pages for others that begin with the same tokens
     tensor_parallel: int = 1  # devices that share every layer
 
 

@@ -7,6 +7,7 @@ queue and later computed anew; the earliest therefore always advances.
 
 import dataclasses
 from collections import deque
+from collections.abc import Hashable
 
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.sequence import Sequence
@@ -28,8 +29,12 @@ Plan = tuple[Span, ...]
 class Scheduler:
     """Queue, running sequences and their pages."""
 
-    def __init__(self, pages: PageAllocator, *, max_rows: int, max_step_tokens: int) -> None:
+    def __init__(self, pages: PageAllocator, *, max_rows: int, max_step_tokens: int, reuse: bool = True) -> None:
+        """``reuse``: begin with the pages of earlier requests where the tokens are the same."""
         self.pages = pages
+        self.root: Hashable = 0  # what keys and values depend on beside the tokens: pages are shared within one root
+        self.num_reused = self.num_missed = 0  # tokens, at admission
+        self._reuse = reuse
         self.max_step_tokens = max_step_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
@@ -72,16 +77,43 @@ class Scheduler:
         start = sequence.computed
         self._spans[sequence] = Span(sequence, start, count, samples=sequence.advance(count))
         self._budget -= count
+        self._share(sequence)
         return True
+
+    def _share(self, sequence: Sequence) -> None:
+        """Let others use the pages that are full of known tokens once this step has run."""
+        size = self.pages.page_size
+        if not self._reuse:
+            return
+        for page in range(sequence.shared, min(sequence.computed, len(sequence.tokens)) // size):
+            tokens = tuple(sequence.tokens[page * size : (page + 1) * size])
+            sequence.node = self.pages.share(sequence.node, tokens, sequence.pages[page])
+            sequence.shared = page + 1
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence if its first chunk finds pages; never at a running one's cost."""
-        needed = self.pages.pages_for(min(sequence.remaining, self._budget))
-        if sequence.pending or not sequence.ready or needed > self.pages.num_free:
+        if sequence.pending or not sequence.ready:
+            return False
+        self._begin(sequence)
+        needed = self.pages.pages_for(sequence.computed + min(sequence.remaining, self._budget)) - len(sequence.pages)
+        if needed > self.pages.num_free:
+            self.pages.free(sequence.pages)
+            sequence.restart()
             return False
         sequence.slot = self._free_slots.pop()
         self.running.append(sequence)
+        self.num_reused += sequence.cached
+        self.num_missed += sequence.remaining
+        if not sequence.started:
+            sequence.reused = sequence.cached
         return self._plan(sequence)
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Give a sequence the pages that earlier ones have filled with the same tokens."""
+        pages, node = self.pages.match(sequence.tokens, self.root) if self._reuse else ([], None)
+        sequence.pages, sequence.shared = pages, len(pages)
+        sequence.node = self.root if node is None else node
+        sequence.computed = sequence.cached = len(pages) * self.pages.page_size
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give a sequence pages for ``tokens`` tokens, preempting later arrivals that are not in this step yet."""

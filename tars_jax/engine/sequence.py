@@ -1,6 +1,7 @@
 """A request on its way through the engine: its tokens, its place on the device, and the text it has produced."""
 
 import time
+from collections.abc import Hashable
 from typing import Protocol
 
 import numpy as np
@@ -66,6 +67,10 @@ class Sequence:
         self.computed = 0
         self.slot = -1  # row of the device's token table; -1: not running
         self.pages: list[int] = []
+        self.shared = 0  # pages, the first ones, that others may use too
+        self.node: Hashable = None  # the last of these in the page allocator
+        self.cached = 0  # tokens whose pages were there before, when it last started
+        self.reused = 0  # prompt tokens that never had to be computed
         self.constraint = constraint
         self.finish_reason: FinishReason | None = None
         room = max_context - self.prompt_length
@@ -116,7 +121,7 @@ class Sequence:
 
     def restart(self, *, unread_lost: bool = False) -> None:
         """Forget what is on the device: pages and row were given away. ``unread_lost``: tokens not read yet will never be."""
-        self.computed, self.slot, self.pages = 0, -1, []
+        self.computed, self.slot, self.pages, self.shared = 0, -1, [], 0
         if unread_lost:
             self.length = len(self.tokens)
 
@@ -158,6 +163,7 @@ class Sequence:
         return Usage(
             prompt_tokens=self.prompt_length,
             output_tokens=len(self.tokens) - self.prompt_length,
+            cached_tokens=self.reused,
             queue_seconds=started - self.request.created,
             prefill_seconds=first - started,
             decode_seconds=now - first,
