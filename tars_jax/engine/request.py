@@ -64,4 +64,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     sink: Callable[[Output], None]
+    client: str = ""  # whose request it is: the fair queue shares the engine between clients
+    priority: int = 0  # lower goes first
+    deadline: float | None = None  # seconds, time.monotonic(): the request ends with an error when it has not finished by then
     created: float = dataclasses.field(default_factory=time.monotonic)
