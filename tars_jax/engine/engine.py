@@ -1,6 +1,7 @@
 """The engine: many requests, one device. One thread per engine owns the device state; everybody else sends it messages."""
 
 import dataclasses
+import heapq
 import logging
 import queue
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,10 +19,12 @@ from tars_jax import sharding
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.programs import Programs
-from tars_jax.engine.request import Output, Request, new_request_id
-from tars_jax.engine.scheduler import Plan, Scheduler
+from tars_jax.engine.request import Output, Request, TokenLogprob, new_request_id
+from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
+from tars_jax.engine.speculation import Speculation
 from tars_jax.engine.step import Batches, EngineState, buckets, init_state, read_row, run_step
+from tars_jax.engine.timing import StepTimes
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
 from tars_jax.kernels import Tiled
 from tars_jax.loaders.loaded import Model
@@ -31,6 +34,17 @@ from tars_jax.quant import LowRank, QArray
 log = logging.getLogger(__name__)
 
 MIN_STEP_TOKENS = 16  # smaller steps would not save memory worth having
+LONG_STEP = 0.025  # seconds; the host's part of a step is then small enough for the device to wait for it
+COUNTERS = ("steps", "step_rows", "step_tokens", "prompt_tokens", "output_tokens", "drafted_tokens", "accepted_tokens", "failures")
+
+
+class InFlight(NamedTuple):
+    """A step on its way."""
+
+    plan: Plan
+    bucket: int
+    sent: float  # seconds, time.perf_counter()
+    out: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +63,10 @@ class EngineStats:
     step_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    drafted_tokens: int = 0  # guessed ones that went into a step
+    accepted_tokens: int = 0  # those of them that came true
+    reused_tokens: int = 0  # prompt tokens found in kept pages
+    missed_tokens: int = 0  # prompt tokens that had to be computed
     failures: int = 0  # steps that failed
     preemptions: int = 0
 
@@ -72,9 +90,12 @@ class Engine:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._sequences: dict[int, Sequence] = {}
-        self._in_flight: tuple[Plan, jax.Array] | None = None
+        self._in_flight: InFlight | None = None
+        self._times = StepTimes()
+        self._last_read = 0.0  # seconds, time.perf_counter()
+        self._deadlines: list[tuple[float, int]] = []  # a heap, with the requests' ids
         self._current: Plan = ()  # whose step is being sent or read
-        self._counters = dict.fromkeys(("steps", "step_rows", "step_tokens", "prompt_tokens", "output_tokens", "failures"), 0)
+        self._counters = dict.fromkeys(COUNTERS, 0)
         self._closing = self._draining = False
         self._max_step_tokens = self.config.max_step_tokens
         parallel = self.config.tensor_parallel
@@ -136,6 +157,8 @@ class Engine:
             nbytes=self._nbytes,
             weights_version=self._version,
             compiled=len(self._programs.compiled()),
+            reused_tokens=scheduler.num_reused,
+            missed_tokens=scheduler.num_missed,
             preemptions=scheduler.num_preemptions,
             **self._counters,
         )
@@ -161,6 +184,7 @@ class Engine:
         def change() -> None:
             self._leaves, self._tree, self._programs = leaves, tree, programs
             self._version += 1
+            self._scheduler.root = self._version  # keys and values of other weights are of no use
             done.set_result(self._version)
 
         with self._wake:
@@ -193,6 +217,7 @@ class Engine:
             for message in inbox:
                 message()
             try:
+                self._expire()
                 self._step()
             except Exception as error:
                 self._recover(error)
@@ -201,48 +226,80 @@ class Engine:
         del self._state, self._leaves
 
     def _step(self) -> None:
-        """Plan a step and send it off, then read the one before: the host works while the device does."""
-        plan = self._current = self._scheduler.schedule()
-        dispatched = (plan, self._dispatch(plan)) if plan else None
+        """Plan a step and send it off, then read the one before: the host works while the device does. A long step is read first, so
+        that whoever came meanwhile is in the next one."""
+        if self._in_flight and self._times.predict(self._in_flight.bucket) > LONG_STEP:
+            self._commit()
+        plan = self._current = self._scheduler.schedule(self._budget())
+        dispatched = self._dispatch(plan) if plan else None
         if self._in_flight:
-            self._current = self._in_flight[0]
-            self._commit(*self._in_flight)
+            self._current = self._in_flight.plan
+            self._commit()
         self._in_flight = dispatched
 
-    def _dispatch(self, plan: Plan) -> jax.Array:
+    def _budget(self) -> int:
+        """Tokens of the next step. Alone a request may have them all."""
+        running = self._scheduler.running
+        if len(running) + len(self._scheduler.waiting) <= 1:
+            return self._max_step_tokens
+        decodes = sum(sequence.remaining == 1 for sequence in running)
+        return self._times.budget(self.config.target_inter_token_ms / 1000, decodes, self._max_step_tokens)
+
+    def _dispatch(self, plan: Plan) -> InFlight:
         bucket, batch = self._batches.build(plan)
-        self._state, out = self._programs.get(bucket)(self._leaves, self._state, batch)
-        return out
+        program = self._programs.get(bucket)
+        sent = time.perf_counter()
+        self._state, out = program(self._leaves, self._state, batch)
+        return InFlight(plan, bucket, sent, out)
 
     def _lower(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, bucket: int) -> jax.stages.Lowered:
         fixed = {"layout": self._batches.layout(bucket), "config": self.model.config, "dtype": self.model.dtype, "mesh": self._mesh}
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self._state)
         return run_step.lower(leaves, abstract, self._batches.empty(bucket), tree=tree, **fixed)
 
-    def _commit(self, plan: Plan, out: jax.Array) -> None:
-        rows = np.asarray(out)  # waits for the device
+    def _commit(self) -> None:
+        assert self._in_flight is not None
+        step, self._in_flight = self._in_flight, None
+        rows = iter(np.asarray(step.out))  # waits for the device
+        now = time.perf_counter()
+        self._times.observe(step.bucket, now - max(step.sent, self._last_read))
+        self._last_read = now
         self._counters["steps"] += 1
-        self._counters["step_rows"] += len(plan)
-        self._counters["step_tokens"] += sum(span.count for span in plan)
-        sampled = iter(rows)
-        for span in plan:
+        self._counters["step_rows"] += len(step.plan)
+        for span in step.plan:
             sequence = span.sequence
+            self._counters["step_tokens"] += span.tokens
             if span.start < sequence.prompt_length:
                 self._counters["prompt_tokens"] += min(span.count, sequence.prompt_length - span.start)
-            if not span.samples:
-                continue
-            self._counters["output_tokens"] += sequence.finish_reason is None
-            sequence.append(*read_row(next(sampled), sequence.params.top_logprobs))
-            if sequence.finish_reason:
-                self._forget(sequence)
+            if span.samples:
+                self._take(span, [read_row(next(rows), sequence.params.top_logprobs) for _ in range(1 + len(span.guesses))])
+
+    def _take(self, span: Span, sampled: list[TokenLogprob]) -> None:
+        sequence = span.sequence
+        accepted = sequence.accept(sampled, span.guesses)
+        self._counters["drafted_tokens"] += len(span.guesses)
+        self._counters["accepted_tokens"] += accepted
+        self._counters["output_tokens"] += 1 + accepted
+        if sequence.finish_reason:
+            self._forget(sequence)
 
     def _admit(self, sequence: Sequence) -> None:
         self._sequences[sequence.request.id] = sequence
+        if sequence.request.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.request.deadline, sequence.request.id))
         if sequence.max_tokens == 0:
             sequence.finish("length")
             self._forget(sequence)
         else:
             self._scheduler.add(sequence)
+
+    def _expire(self) -> None:
+        """End the requests whose time is over."""
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, request_id = heapq.heappop(self._deadlines)
+            if sequence := self._sequences.get(request_id):
+                sequence.finish("error", error="the request was not finished within its time limit")
+                self._forget(sequence)
 
     def _end(self, request_id: int) -> None:
         if sequence := self._sequences.get(request_id):
@@ -278,7 +335,14 @@ class Engine:
         self._current = ()
         self._state = init_state(self.model.config, self.config, self._mesh)
         pages = PageAllocator(self._state.cache.k.shape[0] // self.model.config.num_layers, self.config.page_size)
-        self._scheduler = Scheduler(pages, max_rows=self.config.max_rows, max_step_tokens=self._max_step_tokens)
+        self._scheduler = Scheduler(
+            pages,
+            max_rows=self.config.max_rows,
+            max_step_tokens=self._max_step_tokens,
+            reuse=self.config.prefix_cache,
+            window=self.model.config.sliding_window,
+        )
+        self._scheduler.root = self._version
         self._nbytes = self.model.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
 
     def _post(self, message: Callable[[], None]) -> None:
@@ -295,7 +359,10 @@ class Engine:
         if wrong := [i for i in request.prompt_ids if not 0 <= i < vocab]:
             raise InvalidRequest(f"token {wrong[0]} is outside the vocabulary of {vocab}")
         constraint = self.model.constraint(request.params.grammar) if request.params.grammar else None
-        return Sequence(request, self.model.tokenizer, limit, constraint)
+        sequence = Sequence(request, self.model.tokenizer, limit, constraint)
+        if self.config.prompt_lookup and constraint is None:
+            sequence.speculation = Speculation()
+        return sequence
 
 
 def _shapes(leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Any:

@@ -1,13 +1,14 @@
 """A request on its way through the engine: its tokens, its place on the device, and the text it has produced."""
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Protocol
 
 import numpy as np
 
 from tars_jax.chat.splitters import MARKERS
 from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
+from tars_jax.engine.speculation import Speculation
 from tars_jax.rows import pack_row
 from tars_jax.tokenizer import TextStream, Tokenizer
 
@@ -65,12 +66,17 @@ class Sequence:
         self.tokens = list(request.prompt_ids)
         self.prompt_length = self.length = len(self.tokens)
         self.computed = 0
+        self.guessed = 0  # tokens guessed in the step that is under way: how many it makes is not known before it is read
         self.slot = -1  # row of the device's token table; -1: not running
         self.pages: list[int] = []
         self.shared = 0  # pages, the first ones, that others may use too
         self.node: Hashable = None  # the last of these in the page allocator
+        self.dropped = 0  # pages, the first ones, that were given back because no later token sees them
         self.cached = 0  # tokens whose pages were there before, when it last started
         self.reused = 0  # prompt tokens that never had to be computed
+        self.charged = 0  # tokens its client has paid for
+        self.yielded = False  # whether it let others go first in the last step
+        self.speculation: Speculation | None = None
         self.constraint = constraint
         self.finish_reason: FinishReason | None = None
         room = max_context - self.prompt_length
@@ -94,6 +100,11 @@ class Sequence:
         )
 
     @property
+    def order(self) -> tuple[int, int]:
+        """Earlier requests go first within a priority."""
+        return self.request.priority, self.request.id
+
+    @property
     def pending(self) -> int:
         """Tokens sampled on the device and not read yet."""
         return self.length - len(self.tokens)
@@ -107,13 +118,14 @@ class Sequence:
     def ready(self) -> bool:
         """Whether the next step may include this sequence."""
         exhausted = self.length - self.prompt_length >= self.max_tokens
-        waits_for_mask = self.constraint is not None and self.pending > 0
-        return self.finish_reason is None and not exhausted and not waits_for_mask
+        must_be_read = (self.constraint is not None or self.guessed > 0) and self.pending > 0
+        return self.finish_reason is None and not exhausted and not must_be_read
 
-    def advance(self, count: int) -> bool:
-        """Note that ``count`` tokens go into a step; True if the step samples the next token."""
+    def advance(self, count: int, guessed: int = 0) -> bool:
+        """Note that ``count`` tokens, and guesses at what follows them, go into a step; True if the step samples the next token."""
         self.started = self.started or time.monotonic()
         self.computed += count
+        self.guessed = guessed
         if self.computed < self.length:
             return False
         self.length += 1
@@ -121,12 +133,31 @@ class Sequence:
 
     def restart(self, *, unread_lost: bool = False) -> None:
         """Forget what is on the device: pages and row were given away. ``unread_lost``: tokens not read yet will never be."""
-        self.computed, self.slot, self.pages, self.shared = 0, -1, [], 0
+        self.computed, self.slot, self.pages, self.shared, self.dropped = 0, -1, [], 0, 0
         if unread_lost:
-            self.length = len(self.tokens)
+            self.length, self.guessed = len(self.tokens), 0
 
-    def append(self, token_id: int, logprob: TokenLogprob) -> None:
+    def accept(self, sampled: Iterable[TokenLogprob], guesses: tuple[int, ...]) -> int:
+        """Take the tokens a step has sampled, up to the first that was not guessed; how many of the guesses came true.
+
+        Only the first was counted on: the others are as if the step had computed their guesses as known tokens.
+        """
+        for accepted, token in enumerate(sampled):
+            self.append(token)
+            if self.finish_reason or accepted == len(guesses) or token.token_id != guesses[accepted]:
+                break
+        self.length += accepted
+        if guesses:
+            self.guessed = 0
+        if self.slot >= 0:  # else it was preempted meanwhile
+            self.computed += accepted
+        if self.speculation is not None:
+            self.speculation.judge(len(guesses), accepted)
+        return accepted
+
+    def append(self, logprob: TokenLogprob) -> None:
         """Take a sampled token: text goes to the sink, and the sequence may end."""
+        token_id = logprob.token_id
         self.tokens.append(token_id)
         if self.finish_reason is not None:
             return

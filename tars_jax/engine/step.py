@@ -133,12 +133,12 @@ def run_step(
     return EngineState(cache=cache, tokens=tokens), out
 
 
-def read_row(row: np.ndarray, wanted: int) -> tuple[int, TokenLogprob]:
-    """A row of `run_step`'s output as token id and log-probability with ``wanted`` alternatives."""
+def read_row(row: np.ndarray, wanted: int) -> TokenLogprob:
+    """A row of `run_step`'s output, with ``wanted`` alternatives."""
     token, ids = int(row[0]), row[1 : 1 + wanted]
     floats = row[1 + MAX_TOP_LOGPROBS :].view(np.float32)
     top = tuple(zip(ids.tolist(), floats[1 : 1 + wanted].tolist(), strict=True))
-    return token, TokenLogprob(token, float(floats[0]), top)
+    return TokenLogprob(token, float(floats[0]), top)
 
 
 def bucket(count: int) -> int:
@@ -171,20 +171,21 @@ class Batches:
 
     def build(self, plan: Plan) -> tuple[int, StepBatch]:
         """A plan's bucket and arrays. A fresh array every time: a step that is still running may read the last one."""
-        size = bucket(sum(span.count for span in plan))
+        size = bucket(sum(span.tokens for span in plan))
         layout, numbers = self.layout(size), self._padding(size).copy()
         parts = layout.split(numbers)
         masks: dict[int, Sequence] = {}
         at = sample = 0
         for r, span in enumerate(plan):
             _fill(parts, r, span, at)
-            at += span.count
+            at += span.tokens
             if span.samples:
-                parts["sample_at"][sample] = at - 1
-                parts["samples"][sample] = span.sequence.numbers
+                count = 1 + len(span.guesses)
+                parts["sample_at"][sample : sample + count] = range(at - count, at)
+                parts["samples"][sample : sample + count] = span.sequence.numbers
                 if span.sequence.constraint is not None:
                     masks[sample] = span.sequence
-                sample += 1
+                sample += count
         parts["query_starts"][len(plan) :] = at
         allowed: Any = self._masks(layout.rows, masks) if masks else self._no_masks(layout.rows)
         return size, StepBatch(numbers, allowed)  # type: ignore[arg-type]  # structs speak of device arrays
@@ -215,7 +216,7 @@ class Batches:
 def _fill(parts: dict[str, Any], r: int, span: Span, at: int) -> None:
     sequence, end = span.sequence, span.start + span.count
     known = sequence.tokens[span.start : end]
-    parts["tokens"][at : at + span.count] = known + [FROM_DEVICE] * (span.count - len(known))
-    parts["positions"][at : at + span.count] = range(span.start, end) if span.count > 1 else span.start
-    parts["query_starts"][r], parts["kv_lengths"][r], parts["slots"][r] = at, end, sequence.slot
+    parts["tokens"][at : at + span.tokens] = [*known, *[FROM_DEVICE] * (span.count - len(known)), *span.guesses]
+    parts["positions"][at : at + span.tokens] = range(span.start, span.start + span.tokens) if span.tokens > 1 else span.start
+    parts["query_starts"][r], parts["kv_lengths"][r], parts["slots"][r] = at, span.start + span.tokens, sequence.slot
     parts["page_tables"][r, : len(sequence.pages)] = sequence.pages

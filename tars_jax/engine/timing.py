@@ -1,0 +1,36 @@
+"""How long steps take, learned while running, and how many tokens a step may have so that nobody waits too long. Plain Python."""
+
+SMOOTHING = 0.2  # weight of the newest measurement
+MIN_TOKENS = 16  # a step is never made smaller for the sake of latency: fewer tokens hardly cost less
+SLACK = 2.0  # a step with prompts may take this many times a step without, whatever the target: else prompts would never be read
+
+
+class StepTimes:
+    """Mean seconds of a step by its bucket, exponentially smoothed."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def observe(self, bucket: int, seconds: float) -> None:
+        """Learn from a step. One that took far longer than usual counts for no more than four times the usual."""
+        mean = self._seconds.get(bucket, seconds)
+        self._seconds[bucket] = mean + SMOOTHING * (min(seconds, 4 * mean) - mean)
+
+    def predict(self, bucket: int) -> float:
+        """Seconds of a step of this bucket; 0 if nothing is known. Sizes not seen yet are taken to cost in proportion to the nearest."""
+        if bucket in self._seconds or not self._seconds:
+            return self._seconds.get(bucket, 0.0)
+        nearest = min(self._seconds, key=lambda known: abs(known.bit_length() - bucket.bit_length()))
+        return self._seconds[nearest] * bucket / nearest if bucket > nearest else self._seconds[nearest]
+
+    def budget(self, target: float, decodes: int, most: int) -> int:
+        """Tokens of a step, at most ``most``, that keep it within ``target`` seconds beside ``decodes`` rows that decode."""
+        least = max(2 * decodes, MIN_TOKENS)
+        alone = 1 << max(decodes - 1, 0).bit_length()
+        allowed = max(target, SLACK * self.predict(alone))
+        budget = 1 << (most.bit_length() - 1)
+        if self.predict(most) <= allowed:
+            return most
+        while budget > least and self.predict(budget) > allowed:
+            budget //= 2
+        return min(max(budget, least), most)
