@@ -90,8 +90,9 @@ def _attend_row(
         scores = jnp.where(seen, scores, MASKED)
         maximum = jnp.maximum(acc.maximum, scores.max(-1, keepdims=True))
         weights = jnp.where(seen, jnp.exp(scores - maximum), 0.0)
-        # Unwritten slots hold whatever was there before; their weight is 0, but 0 * NaN would not be.
-        values = jnp.einsum("kqs,ksd->kqd", weights, jnp.where((at <= last).swapaxes(1, 2), v, 0.0))
+        # Unwritten slots, and pages given back behind the window, hold anything; their weight is 0, but 0 * NaN would not be.
+        ours = (at <= last) & (at > position[0] - window) if window else at <= last
+        values = jnp.einsum("kqs,ksd->kqd", weights, jnp.where(ours.swapaxes(1, 2), v, 0.0))
         decay = jnp.exp(acc.maximum - maximum)
         return _Softmax(maximum, acc.total * decay + weights.sum(-1, keepdims=True), acc.values * decay + values)
 

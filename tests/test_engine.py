@@ -1,10 +1,14 @@
 """What an engine promises whatever the model: streams survive new weights and other requests' failures."""
 
+import dataclasses
 import queue
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tars_jax import Engine, EngineConfig, SamplingParams
@@ -40,9 +44,9 @@ def start(engine: Engine, prompt: str, params: SamplingParams) -> "queue.SimpleQ
 
 
 def finish(outputs: "queue.SimpleQueue[Output]") -> list[Output]:
-    found = [outputs.get(timeout=60)]
+    found = [outputs.get(timeout=600)]
     while not found[-1].finish_reason:
-        found.append(outputs.get(timeout=60))
+        found.append(outputs.get(timeout=600))
     return found
 
 
@@ -59,7 +63,7 @@ def test_new_weights_give_new_answers_and_a_new_version(engine: Engine) -> None:
 
 def test_a_swap_drops_no_stream(engine: Engine) -> None:
     outputs = start(engine, "hello", SamplingParams(max_tokens=100, temperature=0))
-    outputs.get(timeout=60)
+    outputs.get(timeout=600)
     engine.swap(tiny_model(seed=1).params)
     done = finish(outputs)
     assert done[-1].finish_reason == "length"
@@ -118,7 +122,7 @@ def test_memory_that_is_not_enough_for_the_smallest_step_is_an_error(engine: Eng
 def test_closing_with_time_lets_answers_end(model: Any) -> None:
     engine = Engine(model, CONFIG)
     outputs = start(engine, "hello", GREEDY)
-    engine.close(drain_seconds=60)
+    engine.close(drain_seconds=600)
     assert finish(outputs)[-1].finish_reason == "length"
 
 
@@ -139,3 +143,108 @@ def test_a_swap_to_another_structure_compiles_before_it_changes(engine: Engine) 
     changed = engine.model.params.replace(layers=(layers[0].replace(q=zero), *layers[1:]))
     assert engine.swap(changed) == 2
     assert text(engine, "hello") == expected
+
+
+REPEATING = "abcabcabcabc"
+SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=0, top_p=1.0, seed=3)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["the model itself", "another model"])
+def test_a_draft_model_changes_no_answer(model: Any, engine: Engine, params: SamplingParams, seed: int) -> None:
+    drafted = Engine(model, CONFIG, draft=tiny_model(seed=seed, num_layers=2 - seed))
+    streams = [start(drafted, prompt, params) for prompt in ("hello", REPEATING)]
+    texts = ["".join(output.text for output in finish(stream)) for stream in streams]
+    stats = drafted.stats()
+    drafted.close()
+    assert texts == [text(engine, "hello", params), text(engine, REPEATING, params)]
+    assert stats.drafted_tokens > 0
+    assert (stats.accepted_tokens == stats.drafted_tokens) == (seed == 0)
+
+
+def test_guesses_from_the_prompt_change_no_answer() -> None:
+    model = tiny_model()
+    layers = tuple(layer.replace(o=jnp.zeros_like(layer.o)) for layer in model.params.layers)
+    forgetful = dataclasses.replace(model, params=model.params.replace(layers=layers))  # sees one token, so it soon goes round
+    long = SamplingParams(max_tokens=100, temperature=0)
+    stats, texts = [], []
+    for lookup in (True, False):
+        engine = Engine(forgetful, dataclasses.replace(CONFIG, prompt_lookup=lookup))
+        texts.append(text(engine, REPEATING, long))
+        stats.append(engine.stats())
+        engine.close()
+    assert texts[0] == texts[1]
+    assert 0 == stats[1].drafted_tokens < stats[0].accepted_tokens <= stats[0].drafted_tokens
+    assert stats[0].steps < stats[1].steps
+
+
+def test_a_draft_of_another_vocabulary_is_refused(model: Any) -> None:
+    with pytest.raises(InvalidRequest, match="vocabulary of 64 tokens"):
+        Engine(model, CONFIG, draft=tiny_model(vocab_size=64))
+
+
+def test_the_next_turn_costs_only_what_is_new(engine: Engine) -> None:
+    first = "what is the meaning of this text, exactly?"
+    said = text(engine, first)
+    outputs = finish(start(engine, first + said + " and then?", GREEDY))
+    assert outputs[-1].usage is not None
+    assert outputs[-1].usage.cached_tokens == engine.stats().reused_tokens == 48  # of 52 known ones: whole pages of 16
+
+
+def test_new_weights_do_not_read_old_pages(engine: Engine) -> None:
+    other = tiny_model(seed=1)
+    prompt = "what is the meaning of this text, exactly?"
+    text(engine, prompt)
+    engine.swap(other.params)
+    fresh = Engine(other, CONFIG)
+    assert text(engine, prompt) == text(fresh, prompt)
+    fresh.close()
+    assert engine.stats().reused_tokens == 0
+
+
+def test_a_request_past_its_deadline_ends(engine: Engine) -> None:
+    outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+    ids = tuple(engine.model.tokenizer.encode("hello"))
+    engine.submit(Request(new_request_id(), ids, GREEDY, outputs.put, deadline=time.monotonic()))
+    assert finish(outputs)[-1].error == "the request was not finished within its time limit"
+    assert text(engine, "hello")
+
+
+def test_a_window_that_has_passed_frees_its_pages_and_changes_no_answer() -> None:
+    windowed = tiny_model(sliding_window=20)
+    long = SamplingParams(max_tokens=100, temperature=0)
+    roomy, small = Engine(windowed, CONFIG), Engine(windowed, dataclasses.replace(CONFIG, cache_tokens=128, max_rows=2, prefix_cache=False))
+    streams = [start(small, prompt, long) for prompt in ("hello", "other", "third")]
+    texts = ["".join(output.text for output in finish(stream)) for stream in streams]
+    preemptions = small.stats().preemptions
+    small.close()
+    assert texts == [text(roomy, prompt, long) for prompt in ("hello", "other", "third")]
+    roomy.close()
+    assert preemptions == 0
+
+
+def test_a_warm_engine_compiles_nothing(model: Any) -> None:
+    engine = Engine(model, CONFIG, warm_up=True)
+    while len(engine.stats().compiled_steps) < 6:
+        time.sleep(0.05)
+    text(engine, "hello")
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: compiled.append(name))
+    random = np.random.default_rng(0)
+    streams = []
+    for _ in range(40):
+        params = SamplingParams(
+            max_tokens=int(random.integers(1, 30)),
+            temperature=float(random.choice([0.0, 0.8])),
+            top_k=int(random.choice([0, 5])),
+            repeat_penalty=float(random.choice([1.0, 1.2])),
+            logprobs=bool(random.integers(2)),
+        )
+        prompt = "".join(chr(c) for c in random.integers(97, 110, int(random.integers(1, 60))))
+        streams.append(start(engine, prompt, params))
+        time.sleep(float(random.exponential(0.01)))
+    for stream in streams:
+        finish(stream)
+    engine.close()
+    jax.monitoring.clear_event_listeners()
+    assert [name for name in compiled if "compile" in name] == []

@@ -13,7 +13,7 @@ from tars_jax.engine.pages import OutOfPages, PageAllocator
 from tars_jax.engine.request import Output, Request, TokenLogprob
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence, StopStrings
-from tars_jax.engine.speculation import Speculation
+from tars_jax.engine.speculation import PromptLookup, Speculation
 
 
 class Letters:
@@ -112,7 +112,7 @@ class Bench:
         ids = tuple([65] * prompt if isinstance(prompt, int) else prompt)
         request = Request(number, ids, SamplingParams(max_tokens=max_tokens, **params), outputs.append, client, priority)
         sequence = Sequence(request, Letters(), self.context)  # type: ignore[arg-type]
-        sequence.speculation = speculation or (Speculation() if self.lookup else None)
+        sequence.speculation = speculation or (Speculation(PromptLookup()) if self.lookup else None)
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
         return sequence

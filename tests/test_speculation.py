@@ -40,7 +40,7 @@ def test_guesses_follow_an_earlier_occurrence_of_the_end(tokens: list[int], coun
 
 
 def test_failing_guesses_rest_and_are_tried_again() -> None:
-    speculation = Speculation()
+    speculation = Speculation(PromptLookup())
     tokens = [1, 2, 3] * 10
     for _ in range(TRIAL // 4):
         assert speculation.propose(tokens, 4)
@@ -52,7 +52,7 @@ def test_failing_guesses_rest_and_are_tried_again() -> None:
 
 
 def test_good_guesses_go_on() -> None:
-    speculation = Speculation()
+    speculation = Speculation(PromptLookup())
     for _ in range(3 * TRIAL):
         speculation.judge(4, 3)
     assert speculation.propose([1, 2, 3] * 4, 4)

@@ -9,27 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from tars_jax import sharding
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.pages import PageAllocator
-from tars_jax.engine.programs import Programs
 from tars_jax.engine.request import Output, Request, TokenLogprob, new_request_id
+from tars_jax.engine.runner import Runner
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
-from tars_jax.engine.speculation import Speculation
-from tars_jax.engine.step import Batches, EngineState, buckets, init_state, read_row, run_step
+from tars_jax.engine.speculation import Draft, PromptLookup, Speculation
+from tars_jax.engine.step import read_row
 from tars_jax.engine.timing import StepTimes
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
-from tars_jax.kernels import Tiled
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
-from tars_jax.quant import LowRank, QArray
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +53,7 @@ class EngineStats:
     free_pages: int
     nbytes: int  # weights and cache
     weights_version: int  # 1 at first, one more with every `Engine.swap`
-    compiled: int  # step sizes that are ready
+    compiled_steps: tuple[int, ...]  # step sizes that are ready
     steps: int = 0
     step_rows: int = 0  # rows of all steps: over `steps` it is the mean batch size
     step_tokens: int = 0
@@ -84,8 +80,11 @@ def resolve(config: EngineConfig, model: Model) -> EngineConfig:
 class Engine:
     """Runs a model for many requests at once (continuous batching over a paged KV cache)."""
 
-    def __init__(self, model: Model, config: EngineConfig | None = None, *, warm_up: bool = False) -> None:
-        """``warm_up`` compiles every step in the background; otherwise the larger ones wait until they are needed."""
+    def __init__(
+        self, model: Model, config: EngineConfig | None = None, *, draft: Model | None = None, warm_up: bool = False
+    ) -> None:
+        """``draft``: a small model of the same vocabulary that guesses tokens; answers do not change. ``warm_up`` compiles every step in
+        the background; otherwise the larger ones wait until they are needed."""
         self.model, self.config = model, resolve(config or EngineConfig(), model)
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -98,16 +97,11 @@ class Engine:
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._closing = self._draining = False
         self._max_step_tokens = self.config.max_step_tokens
-        parallel = self.config.tensor_parallel
-        self._mesh = sharding.make_mesh(parallel) if parallel > 1 else None
-        params = model.params if self._mesh is None else sharding.shard(model.params, model.config, self._mesh)
         self._version = 1
-        self._leaves, self._tree = jax.tree.flatten(params)
-        self._batches = Batches(self.config, model.config.vocab_size)
-        self._state: EngineState
-        self._reset()
-        self._programs = Programs(partial(self._lower, self._leaves, self._tree))
-        self._programs.prepare([1, *(b for b in buckets(self.config) if b > 1 and warm_up)])
+        self._draft = draft
+        self._runner = Runner(model, self.config, draft)
+        self._scheduler = self._new_scheduler()
+        self._runner.compile_ahead(everything=warm_up)
         self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
@@ -154,9 +148,9 @@ class Engine:
             waiting=len(scheduler.waiting),
             num_pages=scheduler.pages.num_pages,
             free_pages=scheduler.pages.num_free,
-            nbytes=self._nbytes,
+            nbytes=self._runner.nbytes,
             weights_version=self._version,
-            compiled=len(self._programs.compiled()),
+            compiled_steps=tuple(self._runner.compiled()),
             reused_tokens=scheduler.num_reused,
             missed_tokens=scheduler.num_missed,
             preemptions=scheduler.num_preemptions,
@@ -170,19 +164,11 @@ class Engine:
         If the parameter tree has changed its structure (a first adapter), the steps compiled so far are compiled for the new one
         before anything changes; the caller waits, the engine goes on. Raises InvalidRequest for weights of another model.
         """
-        if self._mesh is not None:
-            params = sharding.shard(params, self.model.config, self._mesh)
-        leaves, tree = jax.tree.flatten(params)
-        programs = self._programs
-        if _shapes(leaves, tree) != _shapes(self._leaves, self._tree):
-            _check_same_model(params, self.model.params)
-            programs = Programs(partial(self._lower, leaves, tree))
-            for bucket in self._programs.compiled():
-                programs.get(bucket)
+        weights = self._runner.prepared(params)
         done: Future[int] = Future()
 
         def change() -> None:
-            self._leaves, self._tree, self._programs = leaves, tree, programs
+            self._runner.use(weights)
             self._version += 1
             self._scheduler.root = self._version  # keys and values of other weights are of no use
             done.set_result(self._version)
@@ -195,7 +181,7 @@ class Engine:
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take no more requests, let those there finish for ``drain_seconds``, cancel the rest, end the thread. Idempotent."""
-        self._programs.stop()
+        self._runner.stop_compiling()
         deadline = time.monotonic() + drain_seconds
         with self._wake:
             self._draining = True
@@ -223,7 +209,7 @@ class Engine:
                 self._recover(error)
         for request_id in list(self._sequences):
             self._end(request_id)
-        del self._state, self._leaves
+        self._runner.close()
 
     def _step(self) -> None:
         """Plan a step and send it off, then read the one before: the host works while the device does. A long step is read first, so
@@ -246,16 +232,8 @@ class Engine:
         return self._times.budget(self.config.target_inter_token_ms / 1000, decodes, self._max_step_tokens)
 
     def _dispatch(self, plan: Plan) -> InFlight:
-        bucket, batch = self._batches.build(plan)
-        program = self._programs.get(bucket)
-        sent = time.perf_counter()
-        self._state, out = program(self._leaves, self._state, batch)
-        return InFlight(plan, bucket, sent, out)
-
-    def _lower(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, bucket: int) -> jax.stages.Lowered:
-        fixed = {"layout": self._batches.layout(bucket), "config": self.model.config, "dtype": self.model.dtype, "mesh": self._mesh}
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self._state)
-        return run_step.lower(leaves, abstract, self._batches.empty(bucket), tree=tree, **fixed)
+        bucket, out = self._runner.send(plan)
+        return InFlight(plan, bucket, time.perf_counter(), out)
 
     def _commit(self) -> None:
         assert self._in_flight is not None
@@ -272,11 +250,12 @@ class Engine:
             if span.start < sequence.prompt_length:
                 self._counters["prompt_tokens"] += min(span.count, sequence.prompt_length - span.start)
             if span.samples:
-                self._take(span, [read_row(next(rows), sequence.params.top_logprobs) for _ in range(1 + len(span.guesses))])
+                self._take(span, [next(rows) for _ in range(1 + len(span.guesses))])
 
-    def _take(self, span: Span, sampled: list[TokenLogprob]) -> None:
+    def _take(self, span: Span, rows: list[np.ndarray]) -> None:
         sequence = span.sequence
-        accepted = sequence.accept(sampled, span.guesses)
+        sampled = [read_row(row, sequence.params.top_logprobs) for row in rows]
+        accepted = sequence.accept([token for token, _ in sampled], [read for _, read in sampled[1:]])
         self._counters["drafted_tokens"] += len(span.guesses)
         self._counters["accepted_tokens"] += accepted
         self._counters["output_tokens"] += 1 + accepted
@@ -333,17 +312,22 @@ class Engine:
     def _reset(self) -> None:
         self._in_flight = None
         self._current = ()
-        self._state = init_state(self.model.config, self.config, self._mesh)
-        pages = PageAllocator(self._state.cache.k.shape[0] // self.model.config.num_layers, self.config.page_size)
-        self._scheduler = Scheduler(
-            pages,
-            max_rows=self.config.max_rows,
+        self._runner.reset()
+        old, self._scheduler = self._scheduler, self._new_scheduler()
+        self._scheduler.num_preemptions = old.num_preemptions
+        self._scheduler.num_reused, self._scheduler.num_missed = old.num_reused, old.num_missed
+
+    def _new_scheduler(self) -> Scheduler:
+        config = self.config
+        scheduler = Scheduler(
+            PageAllocator(self._runner.num_pages, config.page_size),
+            max_rows=config.max_rows,
             max_step_tokens=self._max_step_tokens,
-            reuse=self.config.prefix_cache,
+            reuse=config.prefix_cache,
             window=self.model.config.sliding_window,
         )
-        self._scheduler.root = self._version
-        self._nbytes = self.model.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        scheduler.root = self._version
+        return scheduler
 
     def _post(self, message: Callable[[], None]) -> None:
         self._inbox.append(message)
@@ -360,23 +344,10 @@ class Engine:
             raise InvalidRequest(f"token {wrong[0]} is outside the vocabulary of {vocab}")
         constraint = self.model.constraint(request.params.grammar) if request.params.grammar else None
         sequence = Sequence(request, self.model.tokenizer, limit, constraint)
-        if self.config.prompt_lookup and constraint is None:
-            sequence.speculation = Speculation()
+        sequence.speculation = self._speculation() if constraint is None else None
         return sequence
 
-
-def _shapes(leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Any:
-    """What a compiled step depends on."""
-    return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-
-def _check_same_model(params: Decoder, other: Decoder) -> None:
-    def shape(leaf: Any) -> tuple[int, ...]:
-        return tuple(leaf.shape)
-
-    def is_weight(leaf: Any) -> bool:
-        return isinstance(leaf, Tiled | QArray | LowRank)
-
-    ours, theirs = ([shape(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_weight)] for tree in (params, other))
-    if ours != theirs:
-        raise InvalidRequest("the new weights are those of another model: their shapes differ from the ones being served")
+    def _speculation(self) -> Speculation | None:
+        if self._draft is not None:
+            return Speculation(Draft())
+        return Speculation(PromptLookup()) if self.config.prompt_lookup else None

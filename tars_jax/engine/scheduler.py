@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterable
 from tars_jax.engine.fairness import FairQueue
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.sequence import Sequence
+from tars_jax.engine.speculation import FROM_DEVICE
 
 GUESS_STEP = 16  # tokens of a step up to which guesses are cheap: more cost as much as the decodes they may save
 
@@ -30,6 +31,11 @@ class Span:
     @property
     def tokens(self) -> int:
         return self.count + len(self.guesses)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the guesses are still to be made, by a model on the device."""
+        return FROM_DEVICE in self.guesses
 
 
 Plan = tuple[Span, ...]

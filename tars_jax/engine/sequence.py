@@ -1,7 +1,8 @@
 """A request on its way through the engine: its tokens, its place on the device, and the text it has produced."""
 
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
+from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 import numpy as np
@@ -137,7 +138,7 @@ class Sequence:
         if unread_lost:
             self.length, self.guessed = len(self.tokens), 0
 
-    def accept(self, sampled: Iterable[TokenLogprob], guesses: tuple[int, ...]) -> int:
+    def accept(self, sampled: SequenceOf[TokenLogprob], guesses: SequenceOf[int]) -> int:
         """Take the tokens a step has sampled, up to the first that was not guessed; how many of the guesses came true.
 
         Only the first was counted on: the others are as if the step had computed their guesses as known tokens.

@@ -7,11 +7,30 @@ speculative sampling (Leviathan et al. 2023, arXiv 2211.17192) with the draft's 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
+
+FROM_DEVICE = -1  # stands for a token that the device knows and the host does not
+DRAFT_TOKENS = 4  # guesses of a draft model: each costs a run of it
 
 LONGEST, SHORTEST = 4, 2  # tokens of the n-grams that are looked up
 TRIAL = 24  # guessed tokens after which a request is judged
 REST = 64  # tokens a request goes without guesses after a bad judgement; doubles each time
 WORTH = 0.35  # share of the guesses that must come true: a step over 8 rows costs about 1.5 times one over a single row
+
+
+class Guesser(Protocol):
+    """Where guesses come from."""
+
+    def propose(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
+        """Up to ``count`` tokens that may follow ``tokens``."""
+
+
+class Draft:
+    """Leaves the guessing to a draft model on the device (`step.run_draft`)."""
+
+    def propose(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
+        """Places for the draft's tokens."""
+        return (FROM_DEVICE,) * min(count, DRAFT_TOKENS)
 
 
 class PromptLookup:
@@ -44,7 +63,7 @@ class PromptLookup:
 class Speculation:
     """Guesses for one request, and whether they pay: a request whose guesses fail goes without for a while."""
 
-    lookup: PromptLookup = dataclasses.field(default_factory=PromptLookup)
+    guesser: Guesser
     drafted: int = 0  # tokens, in all
     accepted: int = 0
     _trial_drafted: int = 0
@@ -54,7 +73,7 @@ class Speculation:
 
     def propose(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
         """Guesses for what follows ``tokens``, at most ``count``."""
-        return () if self._resting else self.lookup.propose(tokens, count)
+        return () if self._resting else self.guesser.propose(tokens, count)
 
     def judge(self, drafted: int, accepted: int) -> None:
         """Learn how a step's guesses went; 0 drafted for a step without."""

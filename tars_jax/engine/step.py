@@ -5,6 +5,7 @@ The device keeps each row's token history, so a decode's input token never visit
 
 import dataclasses
 import math
+from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Any
 
@@ -18,21 +19,22 @@ from tars_jax import kernels, sharding
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.engine.request import TokenLogprob
-from tars_jax.engine.scheduler import Plan, Span
+from tars_jax.engine.scheduler import Span
 from tars_jax.engine.sequence import Sequence
+from tars_jax.engine.speculation import DRAFT_TOKENS, FROM_DEVICE
 from tars_jax.model import Decoder, forward, logits
 from tars_jax.rows import FIELDS, pack_row
 from tars_jax.sampling import MAX_TOP_LOGPROBS, sample, unpack_rows
 
-FROM_DEVICE = -1  # input token: the one this row sampled last
-
 
 @struct.dataclass
 class EngineState:
-    """What lives on the device between steps. tokens: int32 [max_rows, max_context], each slot's token history."""
+    """What lives on the device between steps. tokens: int32 [max_rows, max_context], each slot's token history; draft: the draft
+    model's cache, in pages of the same numbers."""
 
     cache: KVCache
     tokens: jax.Array
+    draft: KVCache | None = None
 
 
 @struct.dataclass
@@ -59,7 +61,7 @@ class Layout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         T, R = self.tokens, self.rows
         return {
-            "tokens": (T,),  # FROM_DEVICE: what the row sampled last
+            "tokens": (T,),  # FROM_DEVICE: what stands in the token table
             "positions": (T,),  # -1 for padding
             "query_starts": (R + 1,),
             "kv_lengths": (R,),
@@ -83,19 +85,22 @@ class Layout:
         return sum(map(math.prod, self.shapes.values()))
 
 
-def init_state(config: ModelConfig, engine: EngineConfig, mesh: Mesh | None = None) -> EngineState:
-    """An empty cache and token table for a resolved engine configuration."""
+def init_state(config: ModelConfig, engine: EngineConfig, draft: ModelConfig | None = None, mesh: Mesh | None = None) -> EngineState:
+    """Empty caches and token table for a resolved engine configuration."""
     num_pages = 1 + -(-engine.cache_tokens // engine.page_size)
     has_kernels = jax.default_backend() == "cpu" and kernels.available()
     allocate = kernels.empty if has_kernels and mesh is None else jnp.zeros
     if mesh is not None:
         allocate = partial(jnp.zeros, device=NamedSharding(mesh, sharding.CACHE))
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    cache = init_cache(config, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate)
-    return EngineState(cache=cache, tokens=jnp.zeros((engine.max_rows, engine.max_context), jnp.int32, device=whole))
+    caches = [
+        init_cache(c, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate) if c else None for c in (config, draft)
+    ]
+    tokens = jnp.zeros((engine.max_rows, engine.max_context), jnp.int32, device=whole)
+    return EngineState(cache=caches[0], tokens=tokens, draft=caches[1])
 
 
-@partial(jax.jit, static_argnames=("layout", "tree", "config", "dtype", "mesh"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype", "mesh"), donate_argnames="state")
 def run_step(
     leaves: list[jax.Array],
     state: EngineState,
@@ -104,14 +109,15 @@ def run_step(
     layout: Layout,
     tree: jax.tree_util.PyTreeDef,
     config: ModelConfig,
+    draft: ModelConfig | None,
     dtype: str,
     mesh: Mesh | None = None,
 ) -> tuple[EngineState, jax.Array]:
-    """``(state, out)``: out is int32 [R, 2 + 2 * MAX_TOP_LOGPROBS], a row for each sampled token in their order, see `read_row`.
+    """``(state, out)``: out is int32 [R, 3 + 2 * MAX_TOP_LOGPROBS], a row for each sampled token in their order, see `read_row`.
 
     The parameters come as the leaves of ``tree``: flattening 300 of them anew for each step would cost a quarter of a millisecond.
     """
-    params: Decoder = jax.tree.unflatten(tree, leaves)
+    params, draft_params = jax.tree.unflatten(tree, leaves)
     parts = layout.split(batch.numbers)
     ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
     max_rows, context = state.tokens.shape
@@ -121,6 +127,9 @@ def run_step(
     tokens = state.tokens.at[token_slots, ragged.positions].set(ragged.tokens, mode="drop")
     run = forward if mesh is None else partial(sharding.sharded_forward, mesh=mesh)
     hidden, cache = run(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
+    draft_cache = state.draft
+    if draft is not None:  # what the model reads, its draft reads too
+        _, draft_cache = forward(draft_params, draft, ragged, state.draft, context=context, dtype=jnp.dtype(dtype))
     at = parts["sample_at"]
     slots = token_slots.at[at].get(mode="fill", fill_value=max_rows)
     lengths = ragged.positions.at[at].get(mode="fill", fill_value=-1) + 1
@@ -129,16 +138,52 @@ def run_step(
     sampled = sample(scores, unpack_rows(parts["samples"], batch.allowed), history, lengths)
     tokens = tokens.at[slots, lengths].set(sampled.tokens, mode="drop")
     floats = jnp.concatenate([sampled.logprob[:, None], sampled.top_logprobs], axis=1)
-    out = jnp.concatenate([sampled.tokens[:, None], sampled.top_ids, jax.lax.bitcast_convert_type(floats, jnp.int32)], axis=1)
-    return EngineState(cache=cache, tokens=tokens), out
+    read = ragged.tokens.at[at].get(mode="fill", fill_value=0)
+    numbers = [sampled.tokens[:, None], read[:, None], sampled.top_ids, jax.lax.bitcast_convert_type(floats, jnp.int32)]
+    return EngineState(cache=cache, tokens=tokens, draft=draft_cache), jnp.concatenate(numbers, axis=1)
 
 
-def read_row(row: np.ndarray, wanted: int) -> TokenLogprob:
-    """A row of `run_step`'s output, with ``wanted`` alternatives."""
-    token, ids = int(row[0]), row[1 : 1 + wanted]
-    floats = row[1 + MAX_TOP_LOGPROBS :].view(np.float32)
+@partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype"), donate_argnames="state")
+def run_draft(
+    leaves: list[jax.Array],
+    state: EngineState,
+    batch: StepBatch,
+    *,
+    layout: Layout,
+    tree: jax.tree_util.PyTreeDef,
+    config: ModelConfig,
+    draft: ModelConfig,
+    dtype: str,
+) -> EngineState:
+    """Let the draft model continue R rows of one token each, up to their ``kv_lengths``; what it says goes to the token table, where
+    the next step finds it. It samples with the noise that the model's own tokens will get, so that the two often agree."""
+    _, params = jax.tree.unflatten(tree, leaves)
+    parts = layout.split(batch.numbers)
+    ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
+    max_rows, context = state.tokens.shape
+    rows = unpack_rows(parts["samples"], batch.allowed)
+
+    def body(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        tokens, cache = carry
+        active = (ragged.positions >= 0) & (ragged.positions + i + 1 < ragged.kv_lengths)
+        positions, slots = jnp.where(active, ragged.positions + i, -1), jnp.where(active, parts["slots"], max_rows)
+        last = tokens.at[slots, positions].get(mode="fill", fill_value=0)
+        now = dataclasses.replace(ragged, tokens=last, positions=positions, kv_lengths=jnp.where(active, positions + 1, jnp.minimum(ragged.kv_lengths, 1)))
+        hidden, cache = forward(params, draft, now, cache, context=context, dtype=jnp.dtype(dtype))
+        history = tokens.at[slots].get(mode="fill", fill_value=0)
+        sampled = sample(logits(params, draft, hidden), rows, history, positions + 1)
+        return tokens.at[slots, positions + 1].set(sampled.tokens, mode="drop"), cache
+
+    tokens, cache = jax.lax.fori_loop(0, DRAFT_TOKENS, body, (state.tokens, state.draft))
+    return EngineState(cache=state.cache, tokens=tokens, draft=cache)
+
+
+def read_row(row: np.ndarray, wanted: int) -> tuple[TokenLogprob, int]:
+    """A row of `run_step`'s output: what was sampled, with ``wanted`` alternatives, and the token it was sampled after."""
+    token, ids = int(row[0]), row[2 : 2 + wanted]
+    floats = row[2 + MAX_TOP_LOGPROBS :].view(np.float32)
     top = tuple(zip(ids.tolist(), floats[1 : 1 + wanted].tolist(), strict=True))
-    return TokenLogprob(token, float(floats[0]), top)
+    return TokenLogprob(token, float(floats[0]), top), int(row[1])
 
 
 def bucket(count: int) -> int:
@@ -169,7 +214,7 @@ class Batches:
         numbers: Any = self._padding(bucket)
         return StepBatch(numbers, self._no_masks(self.layout(bucket).rows))
 
-    def build(self, plan: Plan) -> tuple[int, StepBatch]:
+    def build(self, plan: SequenceOf[Span]) -> tuple[int, StepBatch]:
         """A plan's bucket and arrays. A fresh array every time: a step that is still running may read the last one."""
         size = bucket(sum(span.tokens for span in plan))
         layout, numbers = self.layout(size), self._padding(size).copy()
@@ -189,6 +234,13 @@ class Batches:
         parts["query_starts"][len(plan) :] = at
         allowed: Any = self._masks(layout.rows, masks) if masks else self._no_masks(layout.rows)
         return size, StepBatch(numbers, allowed)  # type: ignore[arg-type]  # structs speak of device arrays
+
+    def build_drafts(self, plan: SequenceOf[Span]) -> tuple[int, StepBatch]:
+        """Bucket and arrays of `run_draft` for spans that decode: the token of each row, and where its guesses end."""
+        size, batch = self.build([dataclasses.replace(span, guesses=()) for span in plan])
+        ends = self.layout(size).split(batch.numbers)["kv_lengths"]
+        ends[: len(plan)] += [len(span.guesses) for span in plan]
+        return size, batch
 
     def _padding(self, bucket: int) -> np.ndarray:
         if bucket not in self._empty:

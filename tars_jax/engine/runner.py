@@ -1,0 +1,147 @@
+"""The device's part of an engine: weights, KV cache, and the compiled steps that join them. One thread uses it, but for `Runner.prepared`."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from tars_jax import sharding
+from tars_jax.config import EngineConfig
+from tars_jax.engine.programs import Programs
+from tars_jax.engine.scheduler import Plan
+from tars_jax.engine.step import Batches, EngineState, buckets, init_state, run_draft, run_step
+from tars_jax.errors import InvalidRequest
+from tars_jax.kernels import Tiled
+from tars_jax.loaders.loaded import Model
+from tars_jax.model import Decoder
+from tars_jax.quant import LowRank, QArray
+
+
+class Weights(NamedTuple):
+    """Parameters as the steps take them, flattened once, with the programs compiled for their structure."""
+
+    leaves: list[jax.Array]
+    tree: jax.tree_util.PyTreeDef
+    steps: Programs
+    drafts: Programs
+
+
+class Runner:
+    """Runs plans. With a ``draft`` model, its keys and values stand in the same pages as the model's own."""
+
+    def __init__(self, model: Model, config: EngineConfig, draft: Model | None = None) -> None:
+        """``config`` is a resolved one."""
+        if draft is not None:
+            _check_draft(model, draft, config)
+        self._model, self._config, self._draft = model, config, draft
+        self._mesh = sharding.make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
+        self._batches = Batches(config, model.config.vocab_size)
+        self._state: EngineState
+        self.reset()
+        self.num_pages: int = self._state.cache.k.shape[0] // model.config.num_layers
+        caches = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        self.nbytes: int = model.nbytes + caches + (draft.nbytes if draft else 0)
+        self._weights = self._with_programs(*self._flatten(model.params))
+
+    def reset(self) -> None:
+        """An empty cache."""
+        draft = self._draft.config if self._draft else None
+        self._state = init_state(self._model.config, self._config, draft, self._mesh)
+
+    def compile_ahead(self, *, everything: bool) -> None:
+        """Compile in the background: the step of one token, and ``everything`` else after it."""
+        self._weights.steps.prepare([1, *(b for b in buckets(self._config) if b > 1 and everything)])
+
+    def compiled(self) -> list[int]:
+        """Buckets whose step is ready, smallest first."""
+        return self._weights.steps.compiled()
+
+    def stop_compiling(self) -> None:
+        """Begin no further compilation in the background."""
+        self._weights.steps.stop()
+
+    def send(self, plan: Plan) -> tuple[int, jax.Array]:
+        """Start a step, and before it the drafting of the guesses it is to check: its bucket, and its output to come."""
+        leaves, _, steps, drafts = self._weights
+        if drafting := [span for span in plan if span.drafts]:
+            bucket, batch = self._batches.build_drafts(drafting)
+            self._state = drafts.get(bucket)(leaves, self._state, batch)
+        bucket, batch = self._batches.build(plan)
+        self._state, out = steps.get(bucket)(leaves, self._state, batch)
+        return bucket, out
+
+    def prepared(self, params: Decoder) -> Weights:
+        """Other parameters of the same model, ready for `use`; if their tree has another structure (a first adapter), the steps compiled
+        so far are compiled for it now. From any thread. Raises InvalidRequest for weights of another model."""
+        leaves, tree = self._flatten(params)
+        now = self._weights
+        if _shapes(leaves, tree) == _shapes(now.leaves, now.tree):
+            return now._replace(leaves=leaves)
+        _check_same_model(params, self._model.params)
+        weights = self._with_programs(leaves, tree)
+        for bucket in now.steps.compiled():
+            weights.steps.get(bucket)
+        for bucket in now.drafts.compiled():
+            weights.drafts.get(bucket)
+        return weights
+
+    def use(self, weights: Weights) -> None:
+        """Run later plans with these weights."""
+        self._weights = weights
+
+    def close(self) -> None:
+        """Let weights and cache go."""
+        self.stop_compiling()
+        self._weights = self._weights._replace(leaves=[])
+        del self._state
+
+    def _flatten(self, params: Decoder) -> tuple[list[jax.Array], jax.tree_util.PyTreeDef]:
+        if self._mesh is not None:
+            params = sharding.shard(params, self._model.config, self._mesh)
+        return jax.tree.flatten((params, self._draft.params if self._draft else None))
+
+    def _with_programs(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Weights:
+        draft = self._draft.config if self._draft else None
+        fixed = {"tree": tree, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
+        shapes = jax.tree.map(_shape, (leaves, self._state))  # not the arrays: programs outlive them
+
+        def lower(run: Any, bucket: int, **more: Any) -> jax.stages.Lowered:
+            return run.lower(*shapes, self._batches.empty(bucket), layout=self._batches.layout(bucket), **fixed, **more)
+
+        return Weights(leaves, tree, Programs(partial(lower, run_step, mesh=self._mesh)), Programs(partial(lower, run_draft)))
+
+
+def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _shapes(leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Any:
+    """What a compiled step depends on."""
+    return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _check_same_model(params: Decoder, other: Decoder) -> None:
+    def shape(leaf: Any) -> tuple[int, ...]:
+        return tuple(leaf.shape)
+
+    def is_weight(leaf: Any) -> bool:
+        return isinstance(leaf, Tiled | QArray | LowRank)
+
+    ours, theirs = ([shape(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_weight)] for tree in (params, other))
+    if ours != theirs:
+        raise InvalidRequest("the new weights are those of another model: their shapes differ from the ones being served")
+
+
+def _check_draft(model: Model, draft: Model, config: EngineConfig) -> None:
+    if config.tensor_parallel > 1:
+        raise InvalidRequest("a draft model cannot be used together with tensor parallelism")
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise InvalidRequest(
+            f"the draft model {draft.name} has a vocabulary of {draft.config.vocab_size} tokens, {model.name} one of {model.config.vocab_size}; "
+            "they must be the same"
+        )
+    if draft.config.context_length < config.max_context:
+        raise InvalidRequest(
+            f"the draft model {draft.name} reads {draft.config.context_length} tokens, fewer than the context of {config.max_context}; "
+            "lower the context"
+        )
