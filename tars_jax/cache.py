@@ -5,6 +5,7 @@ padding writes there. (Kwon et al. 2023, PagedAttention, arXiv 2309.06180.)
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -78,3 +79,17 @@ def write_slots(batch: RaggedBatch, page_size: int) -> tuple[jax.Array, jax.Arra
 def write(pages: jax.Array, slots: tuple[jax.Array, jax.Array], values: jax.Array) -> jax.Array:
     """Put values [T, KV heads, head_dim] into pages."""
     return pages.at[slots[0], :, slots[1]].set(values.astype(pages.dtype))
+
+
+@partial(jax.jit, static_argnames="num_pages")
+def gather_pages(caches: list[jax.Array], pages: jax.Array, *, num_pages: int) -> list[jax.Array]:
+    """The contents of pages [n] in a cache's arrays [layers * num_pages, ...]: [n, layers, ...] each."""
+    return [array.reshape(-1, num_pages, *array.shape[1:])[:, pages].swapaxes(0, 1) for array in caches]
+
+
+@partial(jax.jit, static_argnames="num_pages", donate_argnames="caches")
+def scatter_pages(caches: list[jax.Array], pages: jax.Array, contents: list[jax.Array], *, num_pages: int) -> list[jax.Array]:
+    """Cache arrays with the contents of pages [n] replaced by what `gather_pages` gave."""
+    views = [array.reshape(-1, num_pages, *array.shape[1:]) for array in caches]
+    filled = [view.at[:, pages].set(content.swapaxes(0, 1)) for view, content in zip(views, contents, strict=True)]
+    return [view.reshape(array.shape) for view, array in zip(filled, caches, strict=True)]

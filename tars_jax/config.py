@@ -85,6 +85,8 @@ class EngineConfig:
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     max_queue: int = 512  # waiting requests before new ones are refused
     prefix_cache: bool = True  # keep finished requests' pages for others that begin with the same tokens
+    prefix_folder: str = ""  # where such pages are kept when the model is unloaded; none: nowhere
+    prefix_bytes: int = 512 << 20  # of that folder, at most
     prompt_lookup: bool = True  # guess tokens by what followed the same ones earlier in the request; answers do not change
     target_inter_token_ms: float = 100.0  # steps are kept this short, by measured times, while several requests share the engine
     tensor_parallel: int = 1  # devices that share every layer

@@ -259,7 +259,7 @@ def test_requests_at_once_share_a_prefix() -> None:
 def test_a_page_in_use_is_never_given_away_and_kept_ones_go_the_oldest_first() -> None:
     pages = PageAllocator(4, 2)
     held = pages.allocate(2)
-    node = pages.share(0, (1, 2), held[0])
+    node = pages.share(pages.match([], 0)[1], (1, 2), held[0])
     pages.share(node, (3, 4), held[1])
     pages.free(held)
     assert (pages.num_free, pages.num_kept) == (3, 2)
@@ -270,6 +270,14 @@ def test_a_page_in_use_is_never_given_away_and_kept_ones_go_the_oldest_first() -
     assert pages.num_evictions == 1
     pages.free([held[0]])
     assert pages.match([1, 2, 3, 4, 5], 0)[0] == [held[0]]  # its successor was evicted
+
+
+def test_a_root_is_no_node() -> None:
+    pages = PageAllocator(8, 2)
+    held = pages.allocate(1)
+    node = pages.share(pages.match([], "a")[1], (1, 2), held[0])
+    assert pages.match([1, 2, 3], node) == ([], pages.match([], node)[1])
+    assert pages.match([], node)[1] != node
 
 
 def test_other_weights_do_not_reuse() -> None:
@@ -407,7 +415,11 @@ class Life(RuleBasedStateMachine):
         self.cancelled: set[int] = set()
 
     @rule(
-        prefix=st.sampled_from(PREFIXES), rest=st.integers(0, 3), tokens=st.integers(1, 12), client=st.sampled_from("abc"), first=st.booleans()
+        prefix=st.sampled_from(PREFIXES),
+        rest=st.integers(0, 3),
+        tokens=st.integers(1, 12),
+        client=st.sampled_from("abc"),
+        first=st.booleans(),
     )
     def arrive(self, prefix: list[int], rest: int, tokens: int, client: str, first: bool) -> None:
         self.bench.add([*prefix, *range(rest)], tokens, client, priority=-int(first))

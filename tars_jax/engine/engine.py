@@ -9,14 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from tars_jax import kernels
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.pages import PageAllocator
-from tars_jax.engine.request import Output, Request, TokenLogprob, new_request_id
+from tars_jax.engine.prefixes import PrefixFolder
+from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.engine.runner import Runner
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
@@ -80,9 +84,7 @@ def resolve(config: EngineConfig, model: Model) -> EngineConfig:
 class Engine:
     """Runs a model for many requests at once (continuous batching over a paged KV cache)."""
 
-    def __init__(
-        self, model: Model, config: EngineConfig | None = None, *, draft: Model | None = None, warm_up: bool = False
-    ) -> None:
+    def __init__(self, model: Model, config: EngineConfig | None = None, *, draft: Model | None = None, warm_up: bool = False) -> None:
         """``draft``: a small model of the same vocabulary that guesses tokens; answers do not change. ``warm_up`` compiles every step in
         the background; otherwise the larger ones wait until they are needed."""
         self.model, self.config = model, resolve(config or EngineConfig(), model)
@@ -102,6 +104,9 @@ class Engine:
         self._runner = Runner(model, self.config, draft)
         self._scheduler = self._new_scheduler()
         self._runner.compile_ahead(everything=warm_up)
+        self._prefixes = PrefixFolder(Path(self.config.prefix_folder), self.config.prefix_bytes) if self.config.prefix_folder else None
+        if self._prefixes:
+            self._prefixes.restore(self._prefix_key(), self._scheduler, self._runner)
         self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
@@ -209,6 +214,8 @@ class Engine:
                 self._recover(error)
         for request_id in list(self._sequences):
             self._end(request_id)
+        if self._prefixes and self._version == 1:  # other weights than the file's are gone with the engine
+            self._prefixes.keep(self._prefix_key(), self._scheduler, self._runner)
         self._runner.close()
 
     def _step(self) -> None:
@@ -308,6 +315,12 @@ class Engine:
         for sequence in self._sequences.values():  # in the order of their arrival
             sequence.restart(unread_lost=True)
             self._scheduler.add(sequence)
+
+    def _prefix_key(self) -> dict[str, object]:
+        """What keys and values depend on beside the tokens."""
+        models = {"model": self.model.digest, "draft": self._draft.digest if self._draft else ""}
+        code = {"version": version("tars-jax"), "kernels": kernels.isa() if kernels.available() else ""}
+        return {**models, **code, "dtype": self.model.dtype, "context": self.config.max_context}
 
     def _reset(self) -> None:
         self._in_flight = None

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 Node = int  # a run of tokens from the start of a context, whole pages long
-Key = tuple[Hashable, tuple[int, ...]]  # what comes before a page, and the page's own tokens: compared whole, so nothing can collide
+Key = tuple[Node, tuple[int, ...]]  # what comes before a page, and the page's own tokens: compared whole, so nothing can collide
 
 
 class OutOfPages(Exception):
@@ -30,6 +30,7 @@ class PageAllocator:
         self._nodes: dict[Key, tuple[Node, int]] = {}  # and the page that holds it
         self._keys: dict[int, Key] = {}  # of pages with known contents
         self._kept: OrderedDict[int, None] = OrderedDict()  # pages nobody holds, unused longest first
+        self._roots: dict[Hashable, Node] = {}
         self._last_node = 0
 
     @property
@@ -69,15 +70,15 @@ class PageAllocator:
             else:
                 self._free.append(page)
 
-    def match(self, tokens: Sequence[int], root: Hashable) -> tuple[list[int], Node | None]:
+    def match(self, tokens: Sequence[int], root: Hashable) -> tuple[list[int], Node]:
         """Take the pages that hold the beginning of these tokens, at most all but the last one, and the node they end in.
 
         ``root`` names what else keys and values depend on: the weights' version.
         """
         pages: list[int] = []
-        node: Node | None = None
+        node = self._root(root)
         for start in range(0, len(tokens) - self.page_size, self.page_size):
-            found = self._nodes.get((root if node is None else node, tuple(tokens[start : start + self.page_size])))
+            found = self._nodes.get((node, tuple(tokens[start : start + self.page_size])))
             if found is None:
                 break
             node, page = found
@@ -87,14 +88,44 @@ class PageAllocator:
             self._kept.pop(page, None)
         return pages, node
 
-    def share(self, before: Hashable, tokens: tuple[int, ...], page: int) -> Node:
-        """Note that a held page has the keys and values of these tokens, after the node (or root) ``before``; its own node."""
+    def share(self, before: Node, tokens: tuple[int, ...], page: int) -> Node:
+        """Note that a held page has the keys and values of these tokens, after the node ``before``; its own node."""
         key = (before, tokens)
         if key not in self._nodes:  # else another page has the same: that one stays known, this one will be free
-            self._last_node += 1
-            self._nodes[key] = self._last_node, page
+            self._nodes[key] = self._new_node(), page
             self._keys[page] = key
         return self._nodes[key][0]
+
+    def kept(self, root: Hashable, most: int) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Up to ``most`` of the pages that nobody holds but whose tokens are known, used last first: page, index of the one before it
+        (-1 for none), tokens. None comes before the one it follows."""
+        found: list[tuple[int, int, tuple[int, ...]]] = []
+        indices = {self._root(root): -1}
+        for page in reversed(self._kept):
+            before, tokens = key = self._keys[page]
+            if before in indices and len(found) < most:
+                indices[self._nodes[key][0]] = len(found)
+                found.append((page, indices[before], tokens))
+        return found
+
+    def restore(self, pages: Sequence[tuple[int, tuple[int, ...]]], root: Hashable) -> list[int]:
+        """Page numbers for `kept` ones of another time, as (index of the one before, tokens), as many as there is room for; they are
+        kept here too, and have to be filled before anything else is done."""
+        numbers = self.allocate(min(len(pages), self.num_free))
+        nodes: list[Node] = []
+        for number, (before, tokens) in zip(numbers, pages, strict=False):
+            nodes.append(self.share(self._root(root) if before < 0 else nodes[before], tokens, number))
+        self.free(numbers)
+        return numbers
+
+    def _root(self, root: Hashable) -> Node:
+        if root not in self._roots:
+            self._roots[root] = self._new_node()
+        return self._roots[root]
+
+    def _new_node(self) -> Node:
+        self._last_node += 1
+        return self._last_node
 
     def _evict(self) -> None:
         page, _ = self._kept.popitem(last=False)

@@ -1,11 +1,14 @@
-"""The device's part of an engine: weights, KV cache, and the compiled steps that join them. One thread uses it, but for `Runner.prepared`."""
+"""The device's part of an engine: weights, KV cache, and the compiled steps that join them."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from tars_jax import sharding
+from tars_jax.cache import gather_pages, scatter_pages
 from tars_jax.config import EngineConfig
 from tars_jax.engine.programs import Programs
 from tars_jax.engine.scheduler import Plan
@@ -89,6 +92,23 @@ class Runner:
         """Run later plans with these weights."""
         self._weights = weights
 
+    def page_shapes(self) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of a page in each of the cache's arrays, as `read_pages` gives them."""
+        leaves = jax.tree.leaves((self._state.cache, self._state.draft))
+        return [((leaf.shape[0] // self.num_pages, *leaf.shape[1:]), np.dtype(leaf.dtype)) for leaf in leaves]
+
+    def read_pages(self, pages: list[int]) -> list[np.ndarray]:
+        """The contents of some pages: an array [n, layers, ...] for each of the cache's arrays."""
+        caches = jax.tree.leaves((self._state.cache, self._state.draft))
+        return [np.asarray(array) for array in gather_pages(caches, np.asarray(pages, np.int32), num_pages=self.num_pages)]
+
+    def write_pages(self, pages: list[int], contents: list[np.ndarray]) -> None:
+        """Fill pages with what `read_pages` gave."""
+        caches, tree = jax.tree.flatten((self._state.cache, self._state.draft))
+        caches = scatter_pages(caches, np.asarray(pages, np.int32), contents, num_pages=self.num_pages)
+        cache, draft = jax.tree.unflatten(tree, caches)
+        self._state = dataclasses.replace(self._state, cache=cache, draft=draft)
+
     def close(self) -> None:
         """Let weights and cache go."""
         self.stop_compiling()
@@ -137,8 +157,8 @@ def _check_draft(model: Model, draft: Model, config: EngineConfig) -> None:
         raise InvalidRequest("a draft model cannot be used together with tensor parallelism")
     if draft.config.vocab_size != model.config.vocab_size:
         raise InvalidRequest(
-            f"the draft model {draft.name} has a vocabulary of {draft.config.vocab_size} tokens, {model.name} one of {model.config.vocab_size}; "
-            "they must be the same"
+            f"the draft model {draft.name} has a vocabulary of {draft.config.vocab_size} tokens, but {model.name} one of "
+            f"{model.config.vocab_size}; they must be the same"
         )
     if draft.config.context_length < config.max_context:
         raise InvalidRequest(

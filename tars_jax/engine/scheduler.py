@@ -186,9 +186,10 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> None:
         """Give a sequence the pages that earlier ones have filled with the same tokens."""
-        pages, node = self.pages.match(sequence.tokens, self.root) if self._reuse else ([], None)
+        pages: list[int] = []
+        if self._reuse:
+            pages, sequence.node = self.pages.match(sequence.tokens, self.root)
         sequence.pages, sequence.shared = pages, len(pages)
-        sequence.node = self.root if node is None else node
         sequence.computed = sequence.cached = len(pages) * self.pages.page_size
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:

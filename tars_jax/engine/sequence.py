@@ -1,7 +1,6 @@
 """A request on its way through the engine: its tokens, its place on the device, and the text it has produced."""
 
 import time
-from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -71,7 +70,7 @@ class Sequence:
         self.slot = -1  # row of the device's token table; -1: not running
         self.pages: list[int] = []
         self.shared = 0  # pages, the first ones, that others may use too
-        self.node: Hashable = None  # the last of these in the page allocator
+        self.node = 0  # the last of these in the page allocator
         self.dropped = 0  # pages, the first ones, that were given back because no later token sees them
         self.cached = 0  # tokens whose pages were there before, when it last started
         self.reused = 0  # prompt tokens that never had to be computed

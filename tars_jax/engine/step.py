@@ -22,7 +22,7 @@ from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.scheduler import Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.speculation import DRAFT_TOKENS, FROM_DEVICE
-from tars_jax.model import Decoder, forward, logits
+from tars_jax.model import forward, logits
 from tars_jax.rows import FIELDS, pack_row
 from tars_jax.sampling import MAX_TOP_LOGPROBS, sample, unpack_rows
 
@@ -93,11 +93,9 @@ def init_state(config: ModelConfig, engine: EngineConfig, draft: ModelConfig | N
     if mesh is not None:
         allocate = partial(jnp.zeros, device=NamedSharding(mesh, sharding.CACHE))
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    caches = [
-        init_cache(c, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate) if c else None for c in (config, draft)
-    ]
+    caches = [init_cache(c, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate) for c in (config, draft) if c]
     tokens = jnp.zeros((engine.max_rows, engine.max_context), jnp.int32, device=whole)
-    return EngineState(cache=caches[0], tokens=tokens, draft=caches[1])
+    return EngineState(cache=caches[0], tokens=tokens, draft=caches[1] if draft else None)
 
 
 @partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype", "mesh"), donate_argnames="state")
@@ -128,7 +126,7 @@ def run_step(
     run = forward if mesh is None else partial(sharding.sharded_forward, mesh=mesh)
     hidden, cache = run(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
     draft_cache = state.draft
-    if draft is not None:  # what the model reads, its draft reads too
+    if draft is not None and state.draft is not None:  # what the model reads, its draft reads too
         _, draft_cache = forward(draft_params, draft, ragged, state.draft, context=context, dtype=jnp.dtype(dtype))
     at = parts["sample_at"]
     slots = token_slots.at[at].get(mode="fill", fill_value=max_rows)
@@ -168,7 +166,9 @@ def run_draft(
         active = (ragged.positions >= 0) & (ragged.positions + i + 1 < ragged.kv_lengths)
         positions, slots = jnp.where(active, ragged.positions + i, -1), jnp.where(active, parts["slots"], max_rows)
         last = tokens.at[slots, positions].get(mode="fill", fill_value=0)
-        now = dataclasses.replace(ragged, tokens=last, positions=positions, kv_lengths=jnp.where(active, positions + 1, jnp.minimum(ragged.kv_lengths, 1)))
+        now = dataclasses.replace(
+            ragged, tokens=last, positions=positions, kv_lengths=jnp.where(active, positions + 1, jnp.minimum(ragged.kv_lengths, 1))
+        )
         hidden, cache = forward(params, draft, now, cache, context=context, dtype=jnp.dtype(dtype))
         history = tokens.at[slots].get(mode="fill", fill_value=0)
         sampled = sample(logits(params, draft, hidden), rows, history, positions + 1)

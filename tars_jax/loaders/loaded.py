@@ -40,6 +40,17 @@ class Model:
         """Bytes of the weights in memory."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
+    @cached_property
+    def digest(self) -> str:
+        """What tells this model's weights from all others': the blob's name in a store, else the file's place, size and time."""
+        if self.path.name.startswith("sha256-"):
+            return self.path.name
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return f"{self.name}-{id(self)}"
+        return f"{self.path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}"
+
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
     ) -> str:
