@@ -18,6 +18,7 @@ import numpy as np
 
 from tars_jax import kernels
 from tars_jax.config import EngineConfig, SamplingParams
+from tars_jax.engine.idle import IdleWork, Work
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder
 from tars_jax.engine.request import Output, Request, new_request_id
@@ -92,6 +93,7 @@ class Engine:
         self._inbox: list[Callable[[], None]] = []
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: InFlight | None = None
+        self._idle: IdleWork | None = None
         self._times = StepTimes()
         self._last_read = 0.0  # seconds, time.perf_counter()
         self._deadlines: list[tuple[float, int]] = []  # a heap, with the requests' ids
@@ -184,6 +186,21 @@ class Engine:
             self._post(change)
         return done.result()
 
+    def work_when_idle(self, work: Work | None, share: float = 0.0) -> None:
+        """Let the engine's thread call ``work``, a slice at a time, while it has nothing else to do, and for a ``share`` of the time in
+        which it has; in the place of what it called before. None: nothing more. When this returns, the earlier work has ended."""
+        done: Future[None] = Future()
+
+        def change() -> None:
+            self._idle = IdleWork(work, share) if work else None
+            done.set_result(None)
+
+        with self._wake:
+            if self._closing:
+                return
+            self._post(change)
+        done.result()
+
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take no more requests, let those there finish for ``drain_seconds``, cancel the rest, end the thread. Idempotent."""
         self._runner.stop_compiling()
@@ -202,21 +219,31 @@ class Engine:
     def _loop(self) -> None:
         while not self._closing:
             with self._wake:
-                while not (self._inbox or self._scheduler.has_work or self._in_flight or self._closing):
+                while not (self._inbox or self._is_busy or self._idle or self._closing):
                     self._wake.wait()
                 inbox, self._inbox = self._inbox, []
             for message in inbox:
                 message()
             try:
                 self._expire()
+                if self._idle and not self._idle.run(idle=not self._is_busy):
+                    self._idle = None
                 self._step()
             except Exception as error:
                 self._recover(error)
+        with self._wake:
+            inbox, self._inbox = self._inbox, []
+        for message in inbox:  # nobody waits for ever
+            message()
         for request_id in list(self._sequences):
             self._end(request_id)
         if self._prefixes and self._version == 1:  # other weights than the file's are gone with the engine
             self._prefixes.keep(self._prefix_key(), self._scheduler, self._runner)
         self._runner.close()
+
+    @property
+    def _is_busy(self) -> bool:
+        return self._scheduler.has_work or self._in_flight is not None
 
     def _step(self) -> None:
         """Plan a step and send it off, then read the one before: the host works while the device does. A long step is read first, so
@@ -247,7 +274,10 @@ class Engine:
         step, self._in_flight = self._in_flight, None
         rows = iter(np.asarray(step.out))  # waits for the device
         now = time.perf_counter()
-        self._times.observe(step.bucket, now - max(step.sent, self._last_read))
+        seconds = now - max(step.sent, self._last_read)
+        self._times.observe(step.bucket, seconds)
+        if self._idle:
+            self._idle.serve(seconds)
         self._last_read = now
         self._counters["steps"] += 1
         self._counters["step_rows"] += len(step.plan)
