@@ -1,5 +1,6 @@
 """The default model, end to end, against what llama.cpp recorded on the same file."""
 
+import dataclasses
 import queue
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +146,47 @@ def test_an_answer_survives_preemption(smollm2: Any, smollm2_engine: Engine) -> 
     finally:
         small.close()
     assert crowded == ["".join(smollm2_engine.generate(prompt, params)) for prompt in prompts]
+
+
+WAYS = {
+    "prefixes are reused": EngineConfig(max_context=256, max_rows=40, prompt_lookup=False),
+    "tokens are guessed": EngineConfig(max_context=256, max_rows=40, prefix_cache=False),
+    "prompts are cut": EngineConfig(max_context=256, max_rows=40, max_step_tokens=48),
+    "requests are preempted": EngineConfig(max_context=256, max_rows=40, cache_tokens=512),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(smollm2: Any, golden: dict[str, Any]) -> list[str]:
+    """Answers given one after the other, with nothing reused or guessed."""
+    engine = Engine(smollm2, EngineConfig(max_context=256, max_rows=1, prefix_cache=False, prompt_lookup=False))
+    answers = ["".join(engine.generate(prompt, params)) for prompt, params in questions(golden)]
+    engine.close()
+    return answers
+
+
+def questions(golden: dict[str, Any]) -> list[tuple[str, SamplingParams]]:
+    """Golden prompts with the same beginning, greedy and sampled, one that repeats itself among them."""
+    begin = "You are asked to continue a text in the style in which it begins, with words that anybody can understand. Here it is. "
+    prompts = [begin + entry["prompt"] for entry in golden["f16"]["greedy"][:4]] + [begin + "one two three four " * 3]
+    params = [SamplingParams(max_tokens=24, temperature=t, seed=7, ignore_eos=True) for t in (0, 0.8)]
+    return [(prompt, p) for prompt in prompts for p in params]
+
+
+@needs_kernels
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_are_the_same_alone_and_among_32_others(smollm2: Any, golden: dict[str, Any], alone: list[str], way: str) -> None:
+    engine = Engine(smollm2, WAYS[way])
+    asked = questions(golden)
+    others = [(prompt, dataclasses.replace(params, temperature=1.0, seed=i)) for i, (prompt, params) in enumerate(asked * 4)][:32]
+    with ThreadPoolExecutor(len(asked) + len(others)) as pool:
+        answers = list(pool.map(lambda pair: "".join(engine.generate(*pair)), [*others, *asked]))[len(others) :]
+    stats = engine.stats()
+    engine.close()
+    assert answers == alone
+    assert (stats.reused_tokens > 0) == ("guessed" not in way)
+    assert (stats.preemptions > 0) == ("preempted" in way)
+    assert stats.accepted_tokens > 0 or "guessed" not in way
 
 
 def test_seeds_repeat_and_differ(smollm2_engine: Engine) -> None:
