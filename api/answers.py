@@ -158,10 +158,13 @@ class _Answer:
         return _chunk(self._request, piece, calls, **({"logprobs": logprobs} if logprobs else {}))
 
     def _last(self, output: Output) -> Chunk:
-        measures = {"total_duration": nanoseconds(time.monotonic() - self._started), "load_duration": nanoseconds(self._load_seconds)}
+        measures: Chunk = {
+            "total_duration": nanoseconds(time.monotonic() - self._started),
+            "load_duration": nanoseconds(self._load_seconds),
+        }
         if output.usage is not None:
             measures |= _usage(output.usage)
-        fields: Chunk = {key: value for key, value in measures.items() if value}
+        fields = {key: value for key, value in measures.items() if value}
         if isinstance(self._request, GenerateRequest) and not self._request.raw:
             fields["context"] = [*self._prompt.ids, *self._ids]
         return _chunk(self._request, Piece(), done=True, done_reason=output.finish_reason, **fields)
@@ -177,10 +180,11 @@ class _Answer:
         return {"token": data.decode("utf-8", "replace"), "logprob": min(logprob, 0.0), "bytes": list(data)}
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+def _usage(usage: Usage) -> Chunk:
     return {
         "prompt_eval_count": usage.prompt_tokens,
         "prompt_eval_duration": nanoseconds(usage.prefill_seconds),
         "eval_count": usage.output_tokens,
         "eval_duration": nanoseconds(usage.decode_seconds),
+        "cached": usage.from_cache,
     }

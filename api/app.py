@@ -45,7 +45,7 @@ def create_app(
     """The server. Everything it holds is made here or given: ``models`` and ``pull`` are fakes in tests."""
     settings = settings or Settings.from_environ()
     models = models or Models(store or Store(settings.models), settings)
-    models.telemetry.watch(models.loaded, models.waiting)
+    models.telemetry.watch(models.loaded, models.waiting, models.responses)
     app = Starlette(
         routes=[_route(path, methods, handler) for path, methods, handler in ROUTES],
         middleware=[

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from api.settings import Settings
 from api.telemetry import Telemetry
 from tars_jax.config import EngineConfig
+from tars_jax.engine.responses import ResponseCache
 from tars_jax.errors import ServerBusy
 from tars_jax.store import Store, StoredModel
 
@@ -27,16 +29,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[StoredModel, Store], "Model"]
+Load = Callable[[StoredModel, Store, EngineConfig], "Model"]
 MakeEngine = Callable[["Model", EngineConfig], "Engine"]
 
 
-def load_model(stored: StoredModel, store: Store, progress: Callable[[int, int], None] | None = None) -> "Model":
-    """The real loader; ``progress`` hears bytes done and in all. JAX is imported here, when the first model is wanted."""
+def load_model(stored: StoredModel, store: Store, engine: EngineConfig, progress: Callable[[int, int], None] | None = None) -> "Model":
+    """The real loader; ``progress`` hears bytes done and in all. A model that does not fit with such an engine is refused before it
+    is read. JAX is imported here, when the first model is wanted."""
     from tars_jax.loaders.opening import load
 
     # By path: a file in this folder that happens to be called like the model must not win.
-    return load(stored.model_path, store=store, progress=progress)
+    return load(stored.model_path, store=store, engine=engine, progress=progress)
 
 
 def make_engine(model: "Model", config: EngineConfig) -> "Engine":
@@ -63,6 +66,7 @@ class Loaded:
     loading: "asyncio.Task[None] | None" = None
     unloading: "asyncio.Task[None] | None" = None
     timer: asyncio.TimerHandle | None = None
+    number: int = dataclasses.field(default_factory=itertools.count(1).__next__)  # no other stay of this process has it
 
     @property
     def name(self) -> str:
@@ -96,6 +100,7 @@ class Models:
         self.store = store
         self.settings = settings or Settings()
         self.telemetry = telemetry or Telemetry()
+        self.responses = ResponseCache(self.settings.response_cache_bytes, self.settings.response_cache_ttl)
         self._load, self._make_engine = load, make_engine
         self._entries: list[Loaded] = []
         self._one_load = asyncio.Lock()
@@ -108,7 +113,7 @@ class Models:
         Raises:
             ModelNotFound, InvalidRequest: no such model, ill-formed name.
             ServerBusy: too many requests wait for a load.
-            ModelFileError: the model cannot be loaded.
+            ModelFileError, NotEnoughMemory: the model cannot be loaded.
         """
         entry = self._entry(self.store.find(name), self._context(num_ctx))
         if keep_alive is not None:
@@ -212,12 +217,12 @@ class Models:
             self._release(entry)
 
     def _load_in_thread(self, entry: Loaded) -> "tuple[Model, Engine]":
-        model = self._load(entry.stored, self.store)
-        context = min(entry.num_ctx, model.config.context_length)
-        config = EngineConfig(max_context=context, max_queue=self.settings.max_queue)
+        config = EngineConfig(max_context=entry.num_ctx, max_queue=self.settings.max_queue)
         if self.settings.num_parallel:
             config = dataclasses.replace(config, max_rows=self.settings.num_parallel)
-        return model, self._make_engine(model, config)
+        model = self._load(entry.stored, self.store, config)
+        context = min(entry.num_ctx, model.config.context_length)
+        return model, self._make_engine(model, dataclasses.replace(config, max_context=context))
 
     async def _make_room(self, newcomer: Loaded) -> None:
         for other in [other for other in self._entries if other.is_ready and other.stored.name == newcomer.stored.name]:

@@ -3,19 +3,17 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from api.models import Loaded, Models
 from api.prompts import Prompt
+from api.repeats import Outputs, remembered
 from tars_jax.config import SamplingParams
 from tars_jax.engine.request import Output, Request, Usage, new_request_id
 from tars_jax.errors import TarsError
 
 if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
-
-Outputs = AsyncGenerator[Output, None]
 
 
 class CancelledByEngineError(TarsError):
@@ -67,8 +65,13 @@ def _sum(first: Usage | None, second: Usage | None) -> Usage | None:
     )
 
 
-async def _run(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams) -> Outputs:
-    """The outputs of one request."""
+def _run(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams) -> Outputs:
+    """The outputs of one request, computed or known."""
+    return remembered(models, loaded, ids, params, "", lambda: _computed(models, loaded, ids, params))
+
+
+async def _computed(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams) -> Outputs:
+    """The outputs of one request, from the engine."""
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Output]()
     recorder = models.telemetry.recorder(loaded.name)
 

@@ -4,6 +4,7 @@ import dataclasses
 import ipaddress
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,17 @@ def _keep_alive(text: str) -> float:
         return keep_alive_seconds(parse_duration(text))
 
 
+_UNITS = {"": 1, "b": 1, **{f"{letter}{i}b": (1024 if i else 1000) ** (n + 1) for n, letter in enumerate("kmgt") for i in ("", "i")}}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: a number with a unit (KB, MB, GB, KiB, MiB, ...) or without. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text, re.ASCII)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size such as 100MB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
 def _list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
@@ -107,6 +119,11 @@ VARIABLES = (
     Variable("OLLAMA_MAX_LOADED_MODELS", "max_loaded_models", _unsigned, "models in memory at once (default 3)"),
     Variable("OLLAMA_MAX_QUEUE", "max_queue", _unsigned, "waiting requests before new ones are refused (default 512)"),
     Variable("OLLAMA_ORIGINS", "origins", _list, "comma-separated origins allowed besides local ones"),
+    Variable("TARS_RESPONSE_CACHE", "response_cache_bytes", parse_size, "memory for answers to repeated requests (default 100MB, 0: off)"),
+    Variable("TARS_RESPONSE_CACHE_TTL", "response_cache_ttl", _keep_alive, 'how long they are kept (default "1h", negative: forever)'),
+    Variable(
+        "TARS_RESPONSE_CACHE_SHARED", "response_cache_shared", _boolean, "give an answer to other clients than the one it was made for"
+    ),
     Variable("OLLAMA_DEBUG", "debug", _debug, "0 information, 1 debug"),
     Variable("OLLAMA_NOHISTORY", "no_history", _boolean, "do not keep the prompt history of interactive chats"),
 )
@@ -124,6 +141,9 @@ class Settings:
     max_loaded_models: int = 3
     max_queue: int = 512
     origins: tuple[str, ...] = ()
+    response_cache_bytes: int = 100_000_000
+    response_cache_ttl: float = 3600.0  # seconds; infinite: forever
+    response_cache_shared: bool = False  # between API keys, or addresses of clients without one
     debug: int = 0
     no_history: bool = False
 

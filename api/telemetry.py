@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from api.models import Loaded
     from tars_jax.engine.request import Output, Usage
+    from tars_jax.engine.responses import ResponseCache
 
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -32,6 +33,10 @@ _COUNTERS = {
     "vllm:generation_tokens": "Tokens generated",
     "vllm:prompt_tokens_cached": "Prompt tokens whose KV pages were reused",
 }
+_REPEATS = {
+    "tars_response_cache_hits": "Requests answered from the response cache",
+    "tars_response_cache_misses": "Requests that the response cache could have answered and did not",
+}
 _REASONS = {"cancelled": "abort"}  # vLLM's word
 
 
@@ -44,18 +49,22 @@ class Telemetry:
         self._histograms = {
             name: Histogram(name, text, label, registry=self.registry, buckets=buckets) for name, (text, buckets) in _HISTOGRAMS.items()
         }
-        self._counters = {name: Counter(name, text, label, registry=self.registry) for name, text in _COUNTERS.items()}
+        counters = (_COUNTERS | _REPEATS).items()
+        self._counters = {name: Counter(name, text, label, registry=self.registry) for name, text in counters}
         self._finished = Counter("vllm:request_success", "Requests ended", [*label, "finished_reason"], registry=self.registry)
         self._loads = Histogram(
             "tars_model_load_seconds", "Time to load a model", label, registry=self.registry, buckets=(0.5, 1, 2, 5, 10, 30, 60, 300)
         )
 
-    def watch(self, loaded: "Callable[[], Iterable[Loaded]]", waiting: Callable[[], int]) -> None:
-        """Report the state of these models at every scrape."""
-        self.registry.register(_Engines(loaded, waiting))
+    def watch(self, loaded: "Callable[[], Iterable[Loaded]]", waiting: Callable[[], int], responses: "ResponseCache") -> None:
+        """Report the state of these models, and of the answers kept, at every scrape."""
+        self.registry.register(_Engines(loaded, waiting, responses))
 
     def model_loaded(self, model: str, seconds: float) -> None:
         self._loads.labels(model).observe(seconds)
+
+    def response_cache(self, model: str, *, is_hit: bool) -> None:
+        self._counters["tars_response_cache_hits" if is_hit else "tars_response_cache_misses"].labels(model).inc()
 
     def recorder(self, model: str) -> "Recorder":
         """For one request, from now."""
@@ -106,8 +115,8 @@ class Recorder:
 class _Engines(Collector):
     """Gauges read from the engines when somebody asks."""
 
-    def __init__(self, loaded: "Callable[[], Iterable[Loaded]]", waiting: Callable[[], int]) -> None:
-        self._loaded, self._waiting = loaded, waiting
+    def __init__(self, loaded: "Callable[[], Iterable[Loaded]]", waiting: Callable[[], int], responses: "ResponseCache") -> None:
+        self._loaded, self._waiting, self._responses = loaded, waiting, responses
 
     def collect(self) -> Iterator[Metric]:
         label = ["model_name"]
@@ -124,4 +133,5 @@ class _Engines(Collector):
             cache.add_metric([entry.name, str(entry.engine.config.page_size), str(stats.num_pages)], 1)
             memory.add_metric([entry.name], stats.nbytes)
         loads = GaugeMetricFamily("tars_requests_waiting_for_load", "Requests waiting for a model to load", value=self._waiting())
-        yield from (running, waiting, usage, cache, memory, loads)
+        kept = GaugeMetricFamily("tars_response_cache_bytes", "Bytes of answers kept for repetitions", value=self._responses.nbytes)
+        yield from (running, waiting, usage, cache, memory, loads, kept)

@@ -81,9 +81,10 @@ class EngineConfig:
     max_rows: int = 16  # requests decoded together
     max_step_tokens: int = 512  # tokens of one step, prefill chunks and decodes together
     page_size: int = 16  # tokens of a KV page
-    cache_tokens: int = 0  # tokens the KV pool holds; 0: max(2 * max_context, 8192)
+    cache_tokens: int = 0  # tokens the KV pool holds; 0: from free memory, at most max_rows * max_context
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     max_queue: int = 512  # waiting requests before new ones are refused
+    kept_tokens: int = 0  # tokens whose pages are kept for reuse when no request holds them; 0: two contexts on a CPU, all on a GPU
     prefix_cache: bool = True  # keep finished requests' pages for others that begin with the same tokens
     prefix_folder: str = ""  # where such pages are kept when the model is unloaded; none: nowhere
     prefix_bytes: int = 512 << 20  # of that folder, at most

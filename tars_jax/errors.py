@@ -39,3 +39,7 @@ class ServerBusy(TarsError):
     """The queue is full."""
 
     status = 503
+
+
+class NotEnoughMemory(TarsError):
+    """A model does not fit the memory that is free; the message has the numbers."""

@@ -6,6 +6,7 @@ Sources: LLaMA arXiv 2302.13971, GQA arXiv 2305.13245, SwiGLU arXiv 2002.05202, 
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -106,15 +107,20 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
 
 
-def init(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
-    """Random parameters: norms one, biases zero, matrices normal with deviation 1 / sqrt(inputs)."""
+def init(
+    key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32, *, finish: Callable[[jax.Array], Any] = lambda leaf: leaf
+) -> Decoder:
+    """Random parameters: norms one, biases zero, matrices normal with deviation 1 / sqrt(inputs).
 
-    def draw(path: tuple[Any, ...], leaf: ArraySpec) -> jax.Array:
+    ``finish`` makes of each array what is kept of it, one after the other, so that a large model is never there twice.
+    """
+
+    def draw(path: tuple[Any, ...], leaf: ArraySpec) -> Any:
         name = leaf_name(path)
         if len(leaf.shape) == 1:
-            return jnp.full(leaf.shape, 0.0 if name.endswith("bias") else 1.0, dtype)
+            return finish(jnp.full(leaf.shape, 0.0 if name.endswith("bias") else 1.0, dtype))
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return jax.random.normal(leaf_key, leaf.shape, dtype) * jnp.asarray(leaf.shape[1] ** -0.5, dtype)
+        return finish(jax.random.normal(leaf_key, leaf.shape, dtype) * jnp.asarray(leaf.shape[1] ** -0.5, dtype))
 
     return jax.tree_util.tree_map_with_path(draw, spec(config))
 

@@ -76,6 +76,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.cancelled: set[int] = set()
         self.said = 0  # tokens
+        self.weights_version = 1
         self.is_closed = False
         self._threads: list[threading.Thread] = []
 
@@ -92,7 +93,7 @@ class FakeEngine:
 
     def stats(self) -> Any:
         running = sum(thread.is_alive() for thread in self._threads)
-        return SimpleNamespace(running=running, waiting=0, num_pages=10, free_pages=8, nbytes=1500)
+        return SimpleNamespace(running=running, waiting=0, num_pages=10, free_pages=8, nbytes=1500, weights_version=self.weights_version)
 
     def close(self) -> None:
         self.is_closed = True
@@ -140,7 +141,7 @@ class FakeLoader:
         self.gate = threading.Event()
         self.gate.set()
 
-    def load(self, stored: StoredModel, store: Store) -> Any:
+    def load(self, stored: StoredModel, store: Store, engine: EngineConfig) -> Any:
         self.gate.wait(5)
         self.loads += 1
         if self.error:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "tars_jax.errors",
     "tars_jax.config",
+    "tars_jax.presets",
     "tars_jax.rows",
     "tars_jax.memory",
     "tars_jax.quant",
@@ -23,6 +24,7 @@ ORDER = [
     "tars_jax.sampling",
     "tars_jax.model",
     "tars_jax.sharding",
+    "tars_jax.planning",
     "tars_jax.tokenizer",
     "tars_jax.chat",
     "tars_jax.grammar",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tars_jax.cli import bench, perplexity, run, server, store
+from tars_jax.cli import bench, perplexity, plan, run, server, store
 from tars_jax.errors import TarsError
 
 __all__ = ["main", "make_app"]
@@ -27,6 +27,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], bool], ...] = (  # name, function
     ("stop", server.stop, False),
     ("cp", store.copy, False),
     ("rm", store.remove, False),
+    ("plan", plan.plan, False),
     ("perplexity", perplexity.perplexity, False),
     ("bench", bench.bench, False),
 )

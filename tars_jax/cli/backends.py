@@ -193,9 +193,9 @@ def open_backend(settings: "Settings") -> Backend:
     from api.models import Models, load_model
     from tars_jax.store import Store
 
-    def load(stored: "StoredModel", store: "Store") -> "Model":
+    def load(stored: "StoredModel", store: "Store", engine: EngineConfig) -> "Model":
         with load_bar(f"loading {stored.name.short()}") as progress:
-            return load_model(stored, store, progress)
+            return load_model(stored, store, engine, progress)
 
     def make_engine(model: "Model", config: EngineConfig) -> "Engine":
         from tars_jax.engine.engine import Engine

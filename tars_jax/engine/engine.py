@@ -25,6 +25,7 @@ from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.engine.runner import Runner
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
+from tars_jax.engine.sizing import resolve
 from tars_jax.engine.speculation import Draft, PromptLookup, Speculation
 from tars_jax.engine.step import read_row
 from tars_jax.engine.timing import StepTimes
@@ -72,23 +73,13 @@ class EngineStats:
     preemptions: int = 0
 
 
-def resolve(config: EngineConfig, model: Model) -> EngineConfig:
-    """Fill in what the configuration leaves to the model, and refuse what cannot be."""
-    limit = model.config.context_length
-    context = min(config.max_context or min(limit, 4096), limit)
-    tokens = config.cache_tokens or max(2 * context, 8192)
-    if tokens < context:
-        raise InvalidRequest(f"a cache of {tokens} tokens cannot hold one request of {context}; raise cache_tokens or lower max_context")
-    return dataclasses.replace(config, max_context=context, cache_tokens=tokens)
-
-
 class Engine:
     """Runs a model for many requests at once (continuous batching over a paged KV cache)."""
 
     def __init__(self, model: Model, config: EngineConfig | None = None, *, draft: Model | None = None, warm_up: bool = False) -> None:
         """``draft``: a small model of the same vocabulary that guesses tokens; answers do not change. ``warm_up`` compiles every step in
         the background; otherwise the larger ones wait until they are needed."""
-        self.model, self.config = model, resolve(config or EngineConfig(), model)
+        self.model, self.config = model, resolve(config or EngineConfig(), model, draft)
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._sequences: dict[int, Sequence] = {}
@@ -363,7 +354,7 @@ class Engine:
     def _new_scheduler(self) -> Scheduler:
         config = self.config
         scheduler = Scheduler(
-            PageAllocator(self._runner.num_pages, config.page_size),
+            PageAllocator(self._runner.num_pages, config.page_size, max_kept=config.kept_tokens // config.page_size),
             max_rows=config.max_rows,
             max_step_tokens=self._max_step_tokens,
             reuse=config.prefix_cache,

@@ -22,8 +22,11 @@ class OutOfPages(Exception):
 class PageAllocator:
     """Hands out the pages 1 to ``num_pages`` - 1."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, max_kept: int | None = None) -> None:
+        """``max_kept``: pages that nobody holds and that are kept all the same, None: as many as there are. Pages given back are the
+        first to be used again, so a limit also bounds what a cache that takes memory as it is written ever takes."""
         self.num_pages, self.page_size = num_pages, page_size
+        self._max_kept = num_pages if max_kept is None else max_kept
         self.num_evictions = 0
         self._free = list(range(num_pages - 1, 0, -1))
         self._holders = [0] * num_pages
@@ -69,6 +72,8 @@ class PageAllocator:
                 self._kept[page] = None
             else:
                 self._free.append(page)
+        while len(self._kept) > self._max_kept:
+            self._evict()
 
     def match(self, tokens: Sequence[int], root: Hashable) -> tuple[list[int], Node]:
         """Take the pages that hold the beginning of these tokens, at most all but the last one, and the node they end in.

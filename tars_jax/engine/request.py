@@ -42,6 +42,7 @@ class Usage:
     queue_seconds: float = 0.0  # submit to first step
     prefill_seconds: float = 0.0  # first step to first token
     decode_seconds: float = 0.0  # first token to last
+    from_cache: bool = False  # the whole answer came from the response cache: nothing was computed
 
 
 @dataclasses.dataclass(frozen=True)

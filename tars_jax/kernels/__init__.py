@@ -6,9 +6,10 @@ attention.py do the same, slower.
 
 from tars_jax.kernels.calls import attention, empty, gated, linear_add, norm_linear, output_mlp, rope_write
 from tars_jax.kernels.library import available, isa, unavailable_reason
-from tars_jax.kernels.tiled import Tiled, can_pack, pack_tiles, split_tiles, take_rows, untile
+from tars_jax.kernels.tiled import DTYPES, Tiled, can_pack, pack_tiles, split_tiles, take_rows, tiles_nbytes, untile
 
 __all__ = [
+    "DTYPES",
     "Tiled",
     "attention",
     "available",
@@ -23,6 +24,7 @@ __all__ = [
     "rope_write",
     "split_tiles",
     "take_rows",
+    "tiles_nbytes",
     "unavailable_reason",
     "untile",
 ]

@@ -158,6 +158,13 @@ def _block_bytes(format: Format) -> int:
     return LANES * GROUP * bits // 8 + LANES * (GROUP // group) * size * (1 + affine)
 
 
+def tiles_nbytes(shape: tuple[int, ...], bits: int, group: int, affine: bool, item_bytes: int) -> int:
+    """Bytes of a matrix [O, K] in tiles; ``item_bytes``: of a scale, or of an element when dense (group 0)."""
+    outputs, inputs = shape
+    tiles, size = _layout((bits, group, int(affine), DTYPES["float32" if item_bytes == 4 else "float16"], outputs, inputs))
+    return tiles * size
+
+
 def _aligned(size: int, to: int = 64) -> np.ndarray:
     raw = np.empty(size + to, np.uint8)
     return raw[-raw.ctypes.data % to :][:size]

@@ -1,23 +1,54 @@
-"""Opening models: `load` takes a name from the store or a path, and gives a `Model`."""
+"""Opening models: `load` takes a name from the store, a path or a preset, and gives a `Model`."""
 
-import math
+import dataclasses
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
-from tars_jax import compile_cache, kernels, memory
+from tars_jax import compile_cache, kernels, memory, planning, presets
 from tars_jax.chat import CHATML, ChatTemplate
-from tars_jax.config import models_dir
+from tars_jax.config import EngineConfig, ModelConfig, models_dir
 from tars_jax.errors import ModelFileError
+from tars_jax.loaders.blocks import TYPES
 from tars_jax.loaders.gguf import GGUFFile, open_gguf
 from tars_jax.loaders.gguf_model import read_config, tensor_reader
 from tars_jax.loaders.loaded import Model
-from tars_jax.loaders.params import Progress, WeightForm, build_params
+from tars_jax.loaders.params import Progress, WeightForm, build_params, stored
+from tars_jax.loaders.random_weights import matrix_dtype, random_model
+from tars_jax.planning import Storage
 from tars_jax.store import Store
 from tars_jax.tokenizer import Tokenizer
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "ModelFile", "load"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelFile:
+    """A file of which only the header has been read."""
+
+    path: Path
+    gguf: GGUFFile
+
+    @classmethod
+    def open(cls, name_or_path: str | Path, store: Store | None = None) -> "ModelFile":
+        """By its name in the store or by the path of its file. Raises ModelNotFound and ModelFileError."""
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            path = (store or Store(models_dir())).find(str(name_or_path)).model_path
+        return cls(path, open_gguf(path))
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return read_config(self.gguf)
+
+    def stored(self, form: WeightForm, dtype: str) -> dict[str, Storage]:
+        """How each parameter would be kept, see `build_params`."""
+        table, _, _ = tensor_reader(self.gguf, self.config)
+        types = {name: TYPES[info.type] for name, info in self.gguf.tensors.items()}
+        return stored(self.config, table, types, source=str(self.path), form=form, dtype=dtype)
 
 
 def load(
@@ -25,31 +56,63 @@ def load(
     *,
     store: Store | None = None,
     weights: WeightForm | Literal["auto"] = "auto",
+    engine: EngineConfig | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Open a model by its name in the store or by the path of its file.
+    """Open a model by its name in the store or by the path of its file; ``preset:NAME`` is a preset with random weights.
 
     weights: "tiled" lays matrices out for the CPU kernels, "packed" keeps quantised ones as they are, "dense" expands them to
     the compute type. "auto" is "tiled" on a CPU with kernels; else it expands what takes at most a quarter of the free memory,
     because XLA alone would expand packed weights again on every step.
-    Turns on the persistent compilation cache (see `compile_cache`). Raises ModelNotFound and ModelFileError.
+    engine: what is to serve the model; its cache and steps are planned too.
+    Turns on the persistent compilation cache (see `compile_cache`). Raises ModelNotFound, ModelFileError, and NotEnoughMemory
+    before anything is read that would not fit.
     """
     compile_cache.enable()
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        path = (store or Store(models_dir())).find(str(name_or_path)).model_path
-    file = open_gguf(path)
-    config = read_config(file)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    form = _choose_form(file, dtype) if weights == "auto" else weights
-    table, sizes, read = tensor_reader(file, config)
-    params = build_params(config, table, sizes, read, source=str(path), form=form, dtype=dtype, progress=progress)
+    dtype = compute_dtype()
+    if preset := presets.named(str(name_or_path)):
+        form = choose_form(preset.config, dtype) if weights == "auto" else weights
+        check_memory(preset.config, Storage(8 * jnp.dtype(matrix_dtype(form, dtype)).itemsize, tiled=form == "tiled"), engine)
+        return random_model(preset, form=form, dtype=dtype)
+    file = ModelFile.open(name_or_path, store)
+    config, source = file.config, str(file.path)
+    form = choose_form(config, dtype) if weights == "auto" else weights
+    check_memory(config, file.stored(form, dtype), engine)
+    table, sizes, read = tensor_reader(file.gguf, config)
+    params = build_params(config, table, sizes, read, source=source, form=form, dtype=dtype, progress=progress)
     memory.trim()
-    tokenizer = Tokenizer.from_gguf(file.metadata)
+    tokenizer = Tokenizer.from_gguf(file.gguf.metadata)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ModelFileError(f"{path}: {tokenizer.vocab_size} tokens but only {config.vocab_size} embeddings")
-    template = _chat_template(file, tokenizer)
-    return Model(str(name_or_path), path, config, params, tokenizer, template, file.metadata, dtype)
+        raise ModelFileError(f"{source}: {tokenizer.vocab_size} tokens but only {config.vocab_size} embeddings")
+    template = _chat_template(file.gguf, tokenizer)
+    return Model(str(name_or_path), file.path, config, params, tokenizer, template, file.gguf.metadata, dtype)
+
+
+def compute_dtype() -> str:
+    """The type activations are computed in here."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def choose_form(config: ModelConfig, dtype: str) -> WeightForm:
+    """The form of weights that is fastest here, see `load`."""
+    if jax.default_backend() == "cpu" and kernels.available():
+        return "tiled"
+    expanded = planning.weights_nbytes(config, Storage(8 * jnp.dtype(dtype).itemsize))
+    return "dense" if expanded <= planning.free_device_bytes() // 4 else "packed"
+
+
+def check_memory(config: ModelConfig, stored: planning.Stored, engine: EngineConfig | None) -> None:
+    """Raise NotEnoughMemory when a model does not fit, with one request's context and a step if it is to be served."""
+    shards = engine.tensor_parallel if engine else 1
+    on_cpu = jax.default_backend() == "cpu"
+    weights, free = planning.weights_nbytes(config, stored, shards), planning.free_device_bytes(shards)
+    expanded = planning.expanded_nbytes(config, stored) // shards if on_cpu else 0
+    if engine is None:
+        planning.check(planning.MemoryPlan(weights, 0, expanded), 0, free)
+        return
+    plan = planning.make_plan(config, engine, weights, runtime=planning.RUNTIME if on_cpu else 0)
+    plan = dataclasses.replace(plan, activations=plan.activations + expanded)
+    planning.check(plan, engine.cache_tokens or planning.served_context(config, engine), free)
 
 
 def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
@@ -58,11 +121,3 @@ def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
 
     source = file.metadata.get("tokenizer.chat_template") or CHATML
     return ChatTemplate(source, bos_token=text(tokenizer.bos_id), eos_token=text(tokenizer.eos_id))
-
-
-def _choose_form(file: GGUFFile, dtype: str) -> WeightForm:
-    if jax.default_backend() == "cpu" and kernels.available():
-        return "tiled"
-    elements = sum(math.prod(info.shape) for info in file.tensors.values())
-    expanded = elements * (4 if dtype == "float32" else 2)
-    return "dense" if expanded <= memory.free_bytes() // 4 else "packed"

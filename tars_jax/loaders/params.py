@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax.config import ModelConfig
-from tars_jax.kernels import can_pack, pack_tiles
-from tars_jax.loaders.blocks import Blocks
+from tars_jax.kernels import DTYPES, can_pack, pack_tiles
+from tars_jax.loaders.blocks import Blocks, BlockType
 from tars_jax.loaders.names import canonical, refuse
 from tars_jax.model import Decoder, leaf_name, spec
+from tars_jax.planning import Storage
 from tars_jax.quant import pack
 
 ReadTensor = Callable[[str, str], np.ndarray | Blocks]  # (name in the file, canonical name) -> value
@@ -58,6 +59,24 @@ def build_params(
                 progress(done, total)
     refuse(faults, source)
     return jax.tree.unflatten(tree, leaves)
+
+
+def stored(
+    config: ModelConfig, table: Mapping[str, str], types: Mapping[str, BlockType], *, source: str, form: WeightForm, dtype: str
+) -> dict[str, Storage]:
+    """How `build_params` will keep each parameter, by canonical name. ``types``: of every tensor in the file."""
+    expected = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(spec(config))[0]}
+    return {leaf: stored_as(types[name], form, dtype) for leaf, name in canonical(types, table, expected, source).items()}
+
+
+def stored_as(kind: BlockType, form: WeightForm, dtype: str) -> Storage:
+    """How `build_params` keeps a matrix of this type."""
+    if kind.dtype is None and form != "dense":
+        scale_bits = 8 * np.dtype(kind.scale_dtype).itemsize
+        return Storage(kind.bits, kind.group, kind.affine, scale_bits, tiled=form == "tiled")
+    if form == "tiled" and kind.dtype is not None and kind.dtype.name in DTYPES:
+        return Storage(8 * kind.dtype.itemsize, tiled=True)
+    return Storage(8 * jnp.dtype(dtype).itemsize)
 
 
 def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str) -> Any:

@@ -37,7 +37,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Vocabulary:
         if kind == BYTE and len(text) == 6:  # <0x0A>
             return bytes.fromhex(text[3:5])
         if self.byte_level:
-            return b"".join(bytes((_BYTE_OF[char],)) if char in _BYTE_OF else char.encode(errors="surrogateescape") for char in text)
+            return b"".join(bytes((BYTE_OF[char],)) if char in BYTE_OF else char.encode(errors="surrogateescape") for char in text)
         return text.replace(SPACE, " ").encode(errors="surrogateescape")
 
     def of_kind(self, *kinds: int) -> dict[str, int]:
