@@ -183,6 +183,7 @@ class _Answer:
 def _usage(usage: Usage) -> Chunk:
     return {
         "prompt_eval_count": usage.prompt_tokens,
+        "prompt_cached_count": usage.cached_tokens,
         "prompt_eval_duration": nanoseconds(usage.prefill_seconds),
         "eval_count": usage.output_tokens,
         "eval_duration": nanoseconds(usage.decode_seconds),

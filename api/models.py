@@ -217,9 +217,7 @@ class Models:
             self._release(entry)
 
     def _load_in_thread(self, entry: Loaded) -> "tuple[Model, Engine]":
-        config = EngineConfig(max_context=entry.num_ctx, max_queue=self.settings.max_queue)
-        if self.settings.num_parallel:
-            config = dataclasses.replace(config, max_rows=self.settings.num_parallel)
+        config = self.settings.engine(entry.num_ctx)
         model = self._load(entry.stored, self.store, config)
         context = min(entry.num_ctx, model.config.context_length)
         return model, self._make_engine(model, dataclasses.replace(config, max_context=context))

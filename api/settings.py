@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from api.durations import keep_alive_seconds, parse_duration
-from tars_jax.config import models_dir
+from tars_jax.config import EngineConfig, models_dir
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,9 @@ VARIABLES = (
     Variable("OLLAMA_MAX_LOADED_MODELS", "max_loaded_models", _unsigned, "models in memory at once (default 3)"),
     Variable("OLLAMA_MAX_QUEUE", "max_queue", _unsigned, "waiting requests before new ones are refused (default 512)"),
     Variable("OLLAMA_ORIGINS", "origins", _list, "comma-separated origins allowed besides local ones"),
+    Variable("TARS_PREFIX_CACHE", "prefix_bytes", parse_size, "disk for read prompts of unloaded models, in TARS_CACHE (default 0: off)"),
+    Variable("TARS_PROMPT_LOOKUP", "prompt_lookup", _boolean, "guess tokens by what followed the same ones earlier (default on)"),
+    Variable("TARS_INTER_TOKEN_MS", "inter_token_ms", _unsigned, "steps are kept this short if several share the engine (default 100)"),
     Variable("TARS_RESPONSE_CACHE", "response_cache_bytes", parse_size, "memory for answers to repeated requests (default 100MB, 0: off)"),
     Variable("TARS_RESPONSE_CACHE_TTL", "response_cache_ttl", _keep_alive, 'how long they are kept (default "1h", negative: forever)'),
     Variable(
@@ -141,11 +144,26 @@ class Settings:
     max_loaded_models: int = 3
     max_queue: int = 512
     origins: tuple[str, ...] = ()
+    prefix_bytes: int = 0
+    prompt_lookup: bool = True
+    inter_token_ms: int = 100
     response_cache_bytes: int = 100_000_000
     response_cache_ttl: float = 3600.0  # seconds; infinite: forever
     response_cache_shared: bool = False  # between API keys, or addresses of clients without one
     debug: int = 0
     no_history: bool = False
+
+    def engine(self, context: int) -> EngineConfig:
+        """How an engine serves a model with requests of up to ``context`` tokens."""
+        rows = self.num_parallel or EngineConfig.max_rows
+        return EngineConfig(
+            max_context=context,
+            max_rows=rows,
+            max_queue=self.max_queue,
+            prefix_bytes=self.prefix_bytes,
+            prompt_lookup=self.prompt_lookup,
+            target_inter_token_ms=self.inter_token_ms,
+        )
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":

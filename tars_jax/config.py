@@ -78,7 +78,7 @@ class EngineConfig:
     """How an engine runs a model."""
 
     max_context: int = 0  # tokens of one request, prompt and answer; 0: min(the model's context, 4096)
-    max_rows: int = 16  # requests decoded together
+    max_rows: int = 64  # requests decoded together
     max_step_tokens: int = 512  # tokens of one step, prefill chunks and decodes together
     page_size: int = 16  # tokens of a KV page
     cache_tokens: int = 0  # tokens the KV pool holds; 0: from free memory, at most max_rows * max_context
@@ -86,8 +86,8 @@ class EngineConfig:
     max_queue: int = 512  # waiting requests before new ones are refused
     kept_tokens: int = 0  # tokens whose pages are kept for reuse when no request holds them; 0: two contexts on a CPU, all on a GPU
     prefix_cache: bool = True  # keep finished requests' pages for others that begin with the same tokens
-    prefix_folder: str = ""  # where such pages are kept when the model is unloaded; none: nowhere
-    prefix_bytes: int = 512 << 20  # of that folder, at most
+    prefix_bytes: int = 0  # of disk for such pages of models that were unloaded; 0: none are saved
+    prefix_folder: str = ""  # where; "": in the cache folder
     prompt_lookup: bool = True  # guess tokens by what followed the same ones earlier in the request; answers do not change
     target_inter_token_ms: float = 100.0  # steps are kept this short, by measured times, while several requests share the engine
     tensor_parallel: int = 1  # devices that share every layer

@@ -109,9 +109,7 @@ def activations_nbytes(config: ModelConfig, engine: EngineConfig, shards: int = 
     return 4 * (max(block, sampling) + engine.max_rows * served_context(config, engine))
 
 
-def make_plan(
-    config: ModelConfig, engine: EngineConfig, weights: int, *, runtime: int = 0, draft: ModelConfig | None = None
-) -> MemoryPlan:
+def make_plan(config: ModelConfig, engine: EngineConfig, weights: int, *, runtime: int = 0, draft: ModelConfig | None = None) -> MemoryPlan:
     """The plan of a model whose weights take that many bytes on each device. A ``draft`` model has its keys and values in the same
     pages."""
     shards = engine.tensor_parallel

@@ -84,7 +84,7 @@ def test_kept_pages_come_back_in_the_order_of_their_use() -> None:
 
 
 def test_a_new_engine_goes_on_where_the_old_one_was(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, prefix_folder=str(tmp_path))
+    config = dataclasses.replace(CONFIG, prefix_folder=str(tmp_path), prefix_bytes=1 << 20)
     prompt = "what is the meaning of this text, exactly?"
     params = SamplingParams(max_tokens=12, temperature=0)
     model = tiny_model()
@@ -98,7 +98,7 @@ def test_a_new_engine_goes_on_where_the_old_one_was(tmp_path: Path) -> None:
 
 
 def test_other_weights_leave_nothing(tmp_path: Path) -> None:
-    engine = Engine(tiny_model(), dataclasses.replace(CONFIG, prefix_folder=str(tmp_path)))
+    engine = Engine(tiny_model(), dataclasses.replace(CONFIG, prefix_folder=str(tmp_path), prefix_bytes=1 << 20))
     engine.swap(tiny_model(seed=1).params)
     text(engine, "what is the meaning of this text, exactly?")
     engine.close()

@@ -181,7 +181,7 @@ def ask(**fields: Any) -> dict[str, Any]:
     return {"options": {"temperature": 0}, **fields}
 
 
-TIMES = {"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "cached"}
+TIMES = {"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "cached", "prompt_cached_count"}
 
 
 def without_times(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:

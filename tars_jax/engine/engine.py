@@ -30,6 +30,7 @@ from tars_jax.engine.speculation import Draft, PromptLookup, Speculation
 from tars_jax.engine.step import read_row
 from tars_jax.engine.timing import StepTimes
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
+from tars_jax.kernels.build import cache_dir
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
 
@@ -97,7 +98,8 @@ class Engine:
         self._runner = Runner(model, self.config, draft)
         self._scheduler = self._new_scheduler()
         self._runner.compile_ahead(everything=warm_up)
-        self._prefixes = PrefixFolder(Path(self.config.prefix_folder), self.config.prefix_bytes) if self.config.prefix_folder else None
+        folder = Path(self.config.prefix_folder or cache_dir() / "prefixes")
+        self._prefixes = PrefixFolder(folder, self.config.prefix_bytes) if self.config.prefix_bytes else None
         if self._prefixes:
             self._prefixes.restore(self._prefix_key(), self._scheduler, self._runner)
         self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
