@@ -13,7 +13,8 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from api.settings import Settings
@@ -33,13 +34,19 @@ Load = Callable[[StoredModel, Store, EngineConfig], "Model"]
 MakeEngine = Callable[["Model", EngineConfig], "Engine"]
 
 
-def load_model(stored: StoredModel, store: Store, engine: EngineConfig, progress: Callable[[int, int], None] | None = None) -> "Model":
+def load_model(
+    stored: StoredModel,
+    store: Store,
+    engine: EngineConfig,
+    progress: Callable[[int, int], None] | None = None,
+    adapters: Sequence[Path] = (),
+) -> "Model":
     """The real loader; ``progress`` hears bytes done and in all. A model that does not fit with such an engine is refused before it
     is read. JAX is imported here, when the first model is wanted."""
     from tars_jax.loaders.opening import load
 
     # By path: a file in this folder that happens to be called like the model must not win.
-    return load(stored.model_path, store=store, engine=engine, progress=progress)
+    return load(stored.model_path, adapters=[*stored.adapter_paths, *adapters], store=store, engine=engine, progress=progress)
 
 
 def make_engine(model: "Model", config: EngineConfig) -> "Engine":

@@ -16,13 +16,18 @@ from tars_jax.errors import TarsError
 if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
     from tars_jax.loaders.loaded import Model
-    from tars_jax.loaders.opening import load
+    from tars_jax.loaders.opening import load, read_adapter
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "EngineConfig", "Model", "ModelConfig", "SamplingParams", "TarsError", "__version__", "load"]
+__all__ = ["Engine", "EngineConfig", "Model", "ModelConfig", "SamplingParams", "TarsError", "__version__", "load", "read_adapter"]
 
 # jax takes half a second to import: names that need it are fetched when first used, so that `tars list` stays fast.
-_LAZY = {"Engine": "tars_jax.engine.engine", "Model": "tars_jax.loaders.loaded", "load": "tars_jax.loaders.opening"}
+_LAZY = {
+    "Engine": "tars_jax.engine.engine",
+    "Model": "tars_jax.loaders.loaded",
+    "load": "tars_jax.loaders.opening",
+    "read_adapter": "tars_jax.loaders.opening",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -43,3 +43,10 @@ class ServerBusy(TarsError):
 
 class NotEnoughMemory(TarsError):
     """A model does not fit the memory that is free; the message has the numbers."""
+
+
+def refuse(faults: list[str], problem: str, kind: type[TarsError] = InvalidRequest) -> None:
+    """Raise one error for all faults, if there are any: ``problem: fault; fault; and 3 more``."""
+    if faults:
+        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise kind(f"{problem}: {shown}")

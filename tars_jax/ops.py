@@ -16,7 +16,7 @@ from tars_jax import kernels
 from tars_jax.attention import ragged_attention
 from tars_jax.cache import RaggedBatch, write
 from tars_jax.config import Activation, ModelConfig, RopeScaling
-from tars_jax.quant import LowRank, QArray, dequantize
+from tars_jax.quant import LowRank, QArray, dequantize, innermost
 
 Weight = Any  # an array [O, K], a QArray, a Tiled, or a LowRank on one of them
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin of `rope_table`
@@ -26,23 +26,41 @@ Pages = tuple[jax.Array, jax.Array]  # keys and values of a `cache.KVCache`
 
 def uses_kernels(w: Weight) -> bool:
     """Whether a weight, or what a low-rank update is based on, is laid out for the kernels."""
-    return isinstance(w.base if isinstance(w, LowRank) else w, kernels.Tiled)
+    return isinstance(innermost(w), kernels.Tiled)
 
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
     """``x @ w.T``: [T, K] times a weight [O, K] -> [T, O], in x's dtype with float32 accumulation."""
     if isinstance(w, LowRank):
-        return matmul(x, w.base) + w.scale.astype(x.dtype) * matmul(matmul(x, w.b), w.a)
+        return matmul(x, w.base) + _update(x, w)
     if isinstance(w, kernels.Tiled):
         return kernels.norm_linear(x, None, 0.0, [w])[0]
     dense = dequantize(w, x.dtype) if isinstance(w, QArray) else w.astype(x.dtype)
     return lax.dot_general(x, dense, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
+def _update(x: jax.Array, w: LowRank) -> jax.Array:
+    """``scale * (x @ b.T) @ a.T``: what a low-rank update, or each of N on its run of rows, adds to a product: [T, K] -> [T, O]."""
+    a, b, scale = w.a.astype(x.dtype), w.b.astype(x.dtype), w.scale.astype(x.dtype)
+    if a.ndim == 2:
+        return jnp.einsum("tr,or->to", jnp.einsum("tk,rk->tr", x, b) * scale, a)
+    runs = x.reshape(a.shape[0], -1, x.shape[1])
+    inner = jnp.einsum("ntk,rk->ntr" if b.ndim == 2 else "ntk,nrk->ntr", runs, b) * scale
+    return jnp.einsum("ntr,nor->nto", inner, a).reshape(x.shape[0], -1)
+
+
+def _updates(x: jax.Array, w: Weight) -> jax.Array | float:
+    """What all the low-rank updates on a weight add to its product; 0 when there are none."""
+    total: jax.Array | float = 0.0
+    while isinstance(w, LowRank):
+        total, w = total + _update(x, w), w.base
+    return total
+
+
 def take(w: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a weight: [O, K] at ids [T] -> [T, K]."""
     if isinstance(w, LowRank):
-        return take(w.base, ids, dtype) + w.scale.astype(dtype) * (w.a[ids] @ w.b).astype(dtype)
+        return take(w.base, ids, dtype) + ((w.a[ids] * w.scale) @ w.b).astype(dtype)
     if isinstance(w, kernels.Tiled):
         return kernels.take_rows(w, ids, dtype)
     if isinstance(w, QArray):
@@ -61,6 +79,10 @@ def norm_linear(
     """``activate(rms_norm(x) @ w.T + bias)`` for each of several weights."""
     if all(isinstance(w, kernels.Tiled) for w in weights):
         return kernels.norm_linear(x, norm, eps, weights, biases, activation=activation)
+    if activation is None and all(uses_kernels(w) for w in weights):  # one call for the bases, and what was added to them
+        products = kernels.norm_linear(x, norm, eps, [innermost(w) for w in weights], biases)
+        normed = rms_norm(x, norm, eps)
+        return tuple(y + _updates(normed, w) for y, w in zip(products, weights, strict=True))
     normed = rms_norm(x, norm, eps)
     results = [_biased(matmul(normed, w), bias) for w, bias in zip(weights, biases, strict=True)]
     return tuple(y if activation is None else activate(y, activation) for y in results)
@@ -80,8 +102,8 @@ def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Ar
     """``residual + x @ w.T + bias``; with a mesh ``axis`` the product is summed over it, each device holding part of the inputs."""
     if axis is not None:
         return residual + _biased(lax.psum(matmul(x, w), axis), bias)
-    if isinstance(w, kernels.Tiled):
-        return kernels.linear_add(x, w, bias, residual)
+    if uses_kernels(w):
+        return kernels.linear_add(x, innermost(w), bias, residual) + _updates(x, w)
     return residual + _biased(matmul(x, w), bias)
 
 

@@ -43,12 +43,16 @@ class QArray:
 
 @struct.dataclass
 class LowRank:
-    """``base + scale * a @ b``: a LoRA adapter or an evolutionary perturbation on a weight. a: [O, r], b: [r, K]."""
+    """``base + scale * a @ b``: a LoRA adapter or an evolutionary perturbation on a weight. a: [O, r], b: [r, K].
 
-    base: Any  # an array or a QArray [O, K]
+    With a: [N, O, r] it stands for N matrices on one base, and a product takes N equal runs of rows, one for each; b is then
+    [N, r, K], or [r, K] where they share it. (EGGROLL, arXiv 2511.16652: a population costs one pass over the base.)
+    """
+
+    base: Any  # an array, a QArray [O, K], or a LowRank again
     a: jax.Array
     b: jax.Array
-    scale: jax.Array  # float32 scalar
+    scale: Any  # float32 scalar; [T, r] for each token and rank of a product; None until a step fills it in
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +64,13 @@ class LowRank:
 
 
 Weight = jax.Array | QArray | LowRank
+
+
+def innermost(w: Any) -> Any:
+    """The weight under any low-rank updates."""
+    while isinstance(w, LowRank):
+        w = w.base
+    return w
 
 
 def pack(codes: Any, scales: Any, mins: Any, *, bits: int, group: int) -> QArray:
@@ -90,7 +101,7 @@ def unpack(w: QArray) -> jax.Array:
 
 
 def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """The dense matrix [O, K] a weight stands for."""
+    """The dense matrix [O, K] a weight stands for; [N, O, K] for a population of updates."""
     if isinstance(w, LowRank):
         return (dequantize(w.base, jnp.float32) + w.scale * (w.a @ w.b)).astype(dtype)
     if not isinstance(w, QArray):

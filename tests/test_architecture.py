@@ -25,6 +25,7 @@ ORDER = [
     "tars_jax.model",
     "tars_jax.sharding",
     "tars_jax.planning",
+    "tars_jax.adapters",
     "tars_jax.tokenizer",
     "tars_jax.chat",
     "tars_jax.grammar",

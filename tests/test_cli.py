@@ -163,6 +163,44 @@ def test_the_answer_alone_is_on_stdout(cli: Cli, backend: None, loader: FakeLoad
     assert prompts(loader) == ["<system> Be brief.\n<user> hi there\n<assistant>"]
 
 
+def test_adapters_run_in_this_process(cli: Cli, store: Store, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[Path]] = []
+
+    def open_local(settings: Any, adapters: list[Path]) -> LocalBackend:
+        given.append(adapters)
+        return LocalBackend(loader.models(store))
+
+    monkeypatch.setattr("tars_jax.cli.backends.open_local", open_local)
+    assert cli("run", "fake", "hi", "--adapter", "one", "--adapter", "two")[:2] == (0, "one two three four five\n")
+    assert given == [[Path("one"), Path("two")]]
+
+
+def test_saving_needs_an_adapter(cli: Cli, store: Store) -> None:
+    code, _, err = cli("run", "fake", "hi", "--save", "tuned")
+    assert code == 1
+    assert "name one by --adapter PATH" in err
+
+
+def test_save_keeps_the_model_and_runs_it(cli: Cli, store: Store, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(store: Store, base: str, adapters: list[Path], name: str) -> Any:
+        assert (base, adapters) == ("fake", [Path("one")])
+        return store.copy(base, name)
+
+    monkeypatch.setattr("tars_jax.loaders.adapted.save_adapted", save)
+    monkeypatch.setattr("tars_jax.cli.backends.open_local", lambda settings, adapters: LocalBackend(loader.models(store)))
+    code, out, err = cli("run", "fake", "hi", "--adapter", "one", "--save", "tuned")
+    assert (code, out, err) == (0, "one two three four five\n", "saved as 'tuned:latest'\n")
+    assert "tuned:latest" in cli("list")[1]
+
+
+def test_list_marks_adapters(cli: Cli, store: Store) -> None:
+    base = store.find("fake")
+    store.write_manifest("tuned", base.config, [*base.layers, store.add_layer("adapter", "LoRA")])
+    rows = {row.split()[0]: row for row in cli("list")[1].splitlines()}
+    assert "B, adapter" in rows["tuned:latest"]
+    assert "adapter" not in rows["fake:latest"]
+
+
 def test_options_reach_the_engine(cli: Cli, backend: None, loader: FakeLoader) -> None:
     words = (
         "--temperature",

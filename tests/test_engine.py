@@ -37,9 +37,10 @@ def text(engine: Engine, prompt: str, params: SamplingParams = GREEDY) -> str:
     return "".join(engine.generate(prompt, params))
 
 
-def start(engine: Engine, prompt: str, params: SamplingParams) -> "queue.SimpleQueue[Output]":
+def start(engine: Engine, prompt: str, params: SamplingParams, adapters: Any = ()) -> "queue.SimpleQueue[Output]":
     outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-    engine.submit(Request(new_request_id(), tuple(engine.model.tokenizer.encode(prompt)), params, outputs.put))
+    ids = tuple(engine.model.tokenizer.encode(prompt))
+    engine.submit(Request(new_request_id(), ids, params, outputs.put, adapters=adapters))
     return outputs
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tars_jax.cli.progress import load_bar
@@ -188,14 +189,17 @@ class LocalBackend:
 
 def open_backend(settings: "Settings") -> Backend:
     """A running server if there is one, else this process."""
-    if server := find_server(settings):
-        return server
+    return find_server(settings) or open_local(settings)
+
+
+def open_local(settings: "Settings", adapters: Sequence[Path] = ()) -> LocalBackend:
+    """This process; its models get these adapters."""
     from api.models import Models, load_model
     from tars_jax.store import Store
 
     def load(stored: "StoredModel", store: "Store", engine: EngineConfig) -> "Model":
         with load_bar(f"loading {stored.name.short()}") as progress:
-            return load_model(stored, store, engine, progress)
+            return load_model(stored, store, engine, progress, adapters)
 
     def make_engine(model: "Model", config: EngineConfig) -> "Engine":
         from tars_jax.engine.engine import Engine

@@ -2,12 +2,16 @@
 
 import json
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tars_jax.cli.session import Session
 from tars_jax.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from tars_jax.cli.backends import Backend
 
 _NumberOption = Annotated[float | None, typer.Option()]
 _CountOption = Annotated[int | None, typer.Option()]
@@ -32,18 +36,24 @@ def run(
     hidethinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thinking.")] = False,
     nowordwrap: Annotated[bool, typer.Option("--nowordwrap", help="Do not wrap lines at words.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show timings.")] = False,
+    adapter: Annotated[list[Path] | None, typer.Option(help="A LoRA adapter: PEFT folder or GGUF file; several add up.")] = None,
+    save: Annotated[str, typer.Option(metavar="NAME", help="Keep the model and its adapters in the store, as NAME.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", hidden=True)] = False,
 ) -> None:
     """Run a model: the answer goes to stdout, everything else to stderr."""
     from api.settings import Settings
-    from tars_jax.cli.backends import open_backend
+    from tars_jax.cli import backends
 
     text, is_chat = _prompt(prompt or [])
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": repeat_penalty}
     options |= {"seed": seed, "num_predict": num_predict, "num_ctx": num_ctx}
     settings = Settings.from_environ()
+    if adapter or save:  # in this process: a server has no way to be told
+        backend: Backend = backends.open_local(settings, () if save else adapter or ())
+    else:
+        backend = backends.open_backend(settings)
     session = Session(
-        backend=open_backend(settings),
+        backend=backend,
         model=model,
         options={name: value for name, value in options.items() if value is not None},
         system=system,
@@ -56,6 +66,8 @@ def run(
         keeps_history=not settings.no_history,
     )
     try:
+        if save:
+            session.save_as(save, adapter or [], settings.models)
         session.load()
         if is_chat:
             from tars_jax.cli.repl import chat

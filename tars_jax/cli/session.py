@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tars_jax.cli.output import AnswerWriter, note, timings
 from tars_jax.cli.progress import show_pull
+from tars_jax.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from tars_jax.cli.backends import Backend
@@ -31,12 +33,26 @@ class Session:
     keeps_history: bool = True  # of the prompts, on disk
     messages: list[Message] = dataclasses.field(default_factory=list)
 
+    def save_as(self, name: str, adapters: Sequence[Path], models: Path) -> None:
+        """Make a model of this one and adapters, in the store of this process, and go on with it."""
+        if not adapters:
+            raise InvalidRequest("--save keeps a model with its adapters: name one by --adapter PATH (`tars cp` copies a model)")
+        from tars_jax.loaders.adapted import save_adapted
+        from tars_jax.store import Store
+
+        self._bring()
+        self.model = save_adapted(Store(models), self.model, adapters, name).name.short()
+        note(f"saved as '{self.model}'")
+
     def load(self) -> None:
         """Pull the model if it is not here, and bring it into memory."""
-        if not self.backend.has(self.model):
-            show_pull(self.backend.pull(self.model))
+        self._bring()
         for _ in self.backend.chat(self._body([])):
             pass
+
+    def _bring(self) -> None:
+        if not self.backend.has(self.model):
+            show_pull(self.backend.pull(self.model))
 
     def ask(self, prompt: str) -> None:
         """Ask, print the answer, remember both. Ctrl-C stops the answer: what had come is kept."""

@@ -8,7 +8,7 @@ from tars_jax.cli.output import human_bytes, human_time, note, table
 from tars_jax.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from tars_jax.store import Store
+    from tars_jax.store import Store, StoredModel
 
 _PARTS = ("license", "modelfile", "parameters", "template", "system")
 
@@ -23,8 +23,12 @@ def _store() -> "Store":
 def list_models(prefix: Annotated[str, typer.Argument(help="Only names that begin so.")] = "") -> None:
     """List models."""
     models = [model for model in _store().models() if model.name.short().lower().startswith(prefix.lower())]
-    rows = [(model.name.short(), model.digest[:12], human_bytes(model.size), human_time(model.modified_at)) for model in models]
+    rows = [(model.name.short(), model.digest[:12], _size(model), human_time(model.modified_at)) for model in models]
     print(table(("NAME", "ID", "SIZE", "MODIFIED"), rows))
+
+
+def _size(model: "StoredModel") -> str:
+    return human_bytes(model.size) + (", adapter" if model.adapter_paths else "")
 
 
 def show(
@@ -55,6 +59,9 @@ def describe(answer: dict[str, Any], *, verbose: bool = False) -> str:
     model["quantization"] = details["quantization_level"]
     sections = [_section("Model", [f"{label:<20}{value}" for label, value in model.items()])]
     sections.append(_section("Capabilities", answer["capabilities"]))
+    if adapters := answer.get("adapters"):
+        lines = [f"{a['type']}, rank {a['rank']}, {a['weights']} weights, {human_bytes(a['size'])}" for a in adapters]
+        sections.append(_section("Adapters", lines))
     for title in ("Parameters", "System", "License"):
         if text := answer.get(title.lower()):
             sections.append(_section(title, text.strip().splitlines()[: None if title == "Parameters" else 2]))

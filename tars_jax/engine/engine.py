@@ -1,6 +1,5 @@
 """The engine: many requests, one device. One thread per engine owns the device state; everybody else sends it messages."""
 
-import dataclasses
 import heapq
 import logging
 import queue
@@ -17,16 +16,18 @@ import jax
 import numpy as np
 
 from tars_jax import kernels
+from tars_jax.adapters import Adapter, check_fits
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.idle import IdleWork, Work
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder
 from tars_jax.engine.request import Output, Request, new_request_id
-from tars_jax.engine.runner import Runner
+from tars_jax.engine.runner import Runner, Weights
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.sizing import resolve
 from tars_jax.engine.speculation import Draft, PromptLookup, Speculation
+from tars_jax.engine.stats import COUNTERS, EngineStats
 from tars_jax.engine.step import read_row
 from tars_jax.engine.timing import StepTimes
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 MIN_STEP_TOKENS = 16  # smaller steps would not save memory worth having
 LONG_STEP = 0.025  # seconds; the host's part of a step is then small enough for the device to wait for it
-COUNTERS = ("steps", "step_rows", "step_tokens", "prompt_tokens", "output_tokens", "drafted_tokens", "accepted_tokens", "failures")
 
 
 class InFlight(NamedTuple):
@@ -50,30 +50,6 @@ class InFlight(NamedTuple):
     out: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """Numbers of an engine: gauges of now, counters since its start."""
-
-    running: int
-    waiting: int
-    num_pages: int
-    free_pages: int
-    nbytes: int  # weights and cache
-    weights_version: int  # 1 at first, one more with every `Engine.swap`
-    compiled_steps: tuple[int, ...]  # step sizes that are ready
-    steps: int = 0
-    step_rows: int = 0  # rows of all steps: over `steps` it is the mean batch size
-    step_tokens: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    drafted_tokens: int = 0  # guessed ones that went into a step
-    accepted_tokens: int = 0  # those of them that came true
-    reused_tokens: int = 0  # prompt tokens found in kept pages
-    missed_tokens: int = 0  # prompt tokens that had to be computed
-    failures: int = 0  # steps that failed
-    preemptions: int = 0
-
-
 class Engine:
     """Runs a model for many requests at once (continuous batching over a paged KV cache)."""
 
@@ -82,6 +58,7 @@ class Engine:
         the background; otherwise the larger ones wait until they are needed."""
         self.model, self.config = model, resolve(config or EngineConfig(), model, draft)
         self._wake = threading.Condition()
+        self._changing = threading.Lock()  # of weights or adapters, by one thread at a time
         self._inbox: list[Callable[[], None]] = []
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: InFlight | None = None
@@ -159,25 +136,48 @@ class Engine:
 
     def swap(self, params: Decoder) -> int:
         """Serve other weights from the next step on, and return their version. No stream is dropped: those under way keep what
-        they have in the cache and go on with the new weights.
+        they have in the cache and go on with the new weights; adapters stay.
 
-        If the parameter tree has changed its structure (a first adapter), the steps compiled so far are compiled for the new one
-        before anything changes; the caller waits, the engine goes on. Raises InvalidRequest for weights of another model.
+        If the parameter tree has changed its structure, the steps compiled so far are compiled for the new one before anything
+        changes; the caller waits, the engine goes on. Raises InvalidRequest for weights of another model.
         """
-        weights = self._runner.prepared(params)
-        done: Future[int] = Future()
+        with self._changing:
+            self._use(self._runner.prepared(params), self._version + 1)
+            return self._version
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """From now on requests may name this adapter; those under way with an earlier one of that name go on with it.
+
+        Waits for compilation as `swap` does, which is needed when all ranks are taken (their number then doubles) or a weight is
+        updated for the first time. Raises InvalidRequest for an adapter of another model.
+        """
+        if self.config.tensor_parallel > 1:
+            raise InvalidRequest("a model that is split over devices cannot have adapters")
+        check_fits(self.model.params, adapter)
+        with self._changing:
+            used = {share.id for sequence in list(self._sequences.values()) for share in sequence.adapters}
+            adapters = self._runner.adapters.adding(name, adapter, used)
+            self._use(self._runner.prepared(adapters=adapters), self._version)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more requests for this adapter; those under way go on with it. Raises InvalidRequest for an unknown name."""
+        with self._changing:
+            self._runner.adapters.find([(name, 1.0)])
+            self._use(self._runner.prepared(adapters=self._runner.adapters.removing(name)), self._version)
+
+    def _use(self, weights: Weights, version: int) -> None:
+        done: Future[None] = Future()
 
         def change() -> None:
             self._runner.use(weights)
-            self._version += 1
-            self._scheduler.root = self._version  # keys and values of other weights are of no use
-            done.set_result(self._version)
+            self._version = self._scheduler.root = version  # keys and values of other weights are of no use
+            done.set_result(None)
 
         with self._wake:
             if self._closing:
                 raise TarsError("the engine is closed")
             self._post(change)
-        return done.result()
+        done.result()
 
     def work_when_idle(self, work: Work | None, share: float = 0.0) -> None:
         """Let the engine's thread call ``work``, a slice at a time, while it has nothing else to do, and for a ``share`` of the time in
@@ -293,6 +293,11 @@ class Engine:
             self._forget(sequence)
 
     def _admit(self, sequence: Sequence) -> None:
+        try:
+            sequence.adapters = self._runner.adapters.find(sequence.request.adapters)
+        except InvalidRequest as error:  # it was removed since the request was checked
+            sequence.finish("error", error=str(error))
+            return
         self._sequences[sequence.request.id] = sequence
         if sequence.request.deadline is not None:
             heapq.heappush(self._deadlines, (sequence.request.deadline, sequence.request.id))
@@ -378,6 +383,7 @@ class Engine:
         vocab = self.model.config.vocab_size
         if wrong := [i for i in request.prompt_ids if not 0 <= i < vocab]:
             raise InvalidRequest(f"token {wrong[0]} is outside the vocabulary of {vocab}")
+        self._runner.adapters.find(request.adapters)
         constraint = self.model.constraint(request.params.grammar) if request.params.grammar else None
         sequence = Sequence(request, self.model.tokenizer, limit, constraint)
         sequence.speculation = self._speculation() if constraint is None else None

@@ -68,4 +68,5 @@ class Request:
     client: str = ""  # whose request it is: the fair queue shares the engine between clients
     priority: int = 0  # lower goes first
     deadline: float | None = None  # seconds, time.monotonic(): the request ends with an error when it has not finished by then
+    adapters: tuple[tuple[str, float], ...] = ()  # names of `Engine.add_adapter` and their strengths
     created: float = dataclasses.field(default_factory=time.monotonic)

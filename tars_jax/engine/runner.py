@@ -8,23 +8,27 @@ import jax
 import numpy as np
 
 from tars_jax import sharding
+from tars_jax.adapters import is_weight
 from tars_jax.cache import gather_pages, scatter_pages
 from tars_jax.config import EngineConfig
+from tars_jax.engine.adapters import AdapterSlots
 from tars_jax.engine.programs import Programs
 from tars_jax.engine.scheduler import Plan
 from tars_jax.engine.step import Batches, EngineState, buckets, init_state, run_draft, run_step
 from tars_jax.errors import InvalidRequest
-from tars_jax.kernels import Tiled
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
-from tars_jax.quant import LowRank, QArray
 
 
 class Weights(NamedTuple):
-    """Parameters as the steps take them, flattened once, with the programs compiled for their structure."""
+    """Parameters and the adapters that requests choose among; both as the steps take them, flattened once; what makes the steps' inputs;
+    and the programs compiled for their structure."""
 
+    params: Any  # a Decoder; None after `close`
+    adapters: AdapterSlots
     leaves: list[jax.Array]
     tree: jax.tree_util.PyTreeDef
+    batches: Batches
     steps: Programs
     drafts: Programs
 
@@ -38,13 +42,17 @@ class Runner:
             _check_draft(model, draft, config)
         self._model, self._config, self._draft = model, config, draft
         self._mesh = sharding.make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
-        self._batches = Batches(config, model.config.vocab_size)
         self._state: EngineState
         self.reset()
         self.num_pages: int = self._state.cache.k.shape[0] // model.config.num_layers
         caches = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
         self.nbytes: int = model.nbytes + caches + (draft.nbytes if draft else 0)
-        self._weights = self._with_programs(*self._flatten(model.params))
+        self._weights = self._with_programs(model.params, AdapterSlots())
+
+    @property
+    def adapters(self) -> AdapterSlots:
+        """Those that requests may choose."""
+        return self._weights.adapters
 
     def reset(self) -> None:
         """An empty cache."""
@@ -65,23 +73,24 @@ class Runner:
 
     def send(self, plan: Plan) -> tuple[int, jax.Array]:
         """Start a step, and before it the drafting of the guesses it is to check: its bucket, and its output to come."""
-        leaves, _, steps, drafts = self._weights
+        now = self._weights
         if drafting := [span for span in plan if span.drafts]:
-            bucket, batch = self._batches.build_drafts(drafting)
-            self._state = drafts.get(bucket)(leaves, self._state, batch)
-        bucket, batch = self._batches.build(plan)
-        self._state, out = steps.get(bucket)(leaves, self._state, batch)
+            bucket, batch = now.batches.build_drafts(drafting)
+            self._state = now.drafts.get(bucket)(now.leaves, self._state, batch)
+        bucket, batch = now.batches.build(plan)
+        self._state, out = now.steps.get(bucket)(now.leaves, self._state, batch)
         return bucket, out
 
-    def prepared(self, params: Decoder) -> Weights:
-        """Other parameters of the same model, ready for `use`; if their tree has another structure (a first adapter), the steps compiled
-        so far are compiled for it now. From any thread. Raises InvalidRequest for weights of another model."""
-        leaves, tree = self._flatten(params)
+    def prepared(self, params: Decoder | None = None, adapters: AdapterSlots | None = None) -> Weights:
+        """Other parameters of the same model or other adapters, ready for `use`; if their tree has another structure (a first adapter),
+        the steps compiled so far are compiled for it now. From any thread, one at a time. Raises InvalidRequest for weights of another
+        model."""
         now = self._weights
-        if _shapes(leaves, tree) == _shapes(now.leaves, now.tree):
-            return now._replace(leaves=leaves)
-        _check_same_model(params, self._model.params)
-        weights = self._with_programs(leaves, tree)
+        if params is not None:
+            _check_same_model(params, self._model.params)
+        weights = self._with_programs(params or now.params, adapters or now.adapters)
+        if _shapes(weights.leaves, weights.tree) == _shapes(now.leaves, now.tree):
+            return weights._replace(batches=now.batches, steps=now.steps, drafts=now.drafts)
         for bucket in now.steps.compiled():
             weights.steps.get(bucket)
         for bucket in now.drafts.compiled():
@@ -112,23 +121,24 @@ class Runner:
     def close(self) -> None:
         """Let weights and cache go."""
         self.stop_compiling()
-        self._weights = self._weights._replace(leaves=[])
         del self._state
+        self._weights = self._weights._replace(params=None, leaves=[])
 
-    def _flatten(self, params: Decoder) -> tuple[list[jax.Array], jax.tree_util.PyTreeDef]:
+    def _with_programs(self, params: Decoder, adapters: AdapterSlots) -> Weights:
+        placed = adapters.put_on(params)
         if self._mesh is not None:
-            params = sharding.shard(params, self._model.config, self._mesh)
-        return jax.tree.flatten((params, self._draft.params if self._draft else None))
-
-    def _with_programs(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Weights:
+            placed = sharding.shard(placed, self._model.config, self._mesh)
+        leaves, tree = jax.tree.flatten((placed, self._draft.params if self._draft else None))
+        batches = Batches(self._config, self._model.config.vocab_size, adapters.ranks)
         draft = self._draft.config if self._draft else None
         fixed = {"tree": tree, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
         shapes = jax.tree.map(_shape, (leaves, self._state))  # not the arrays: programs outlive them
 
         def lower(run: Any, bucket: int, **more: Any) -> jax.stages.Lowered:
-            return run.lower(*shapes, self._batches.empty(bucket), layout=self._batches.layout(bucket), **fixed, **more)
+            return run.lower(*shapes, batches.empty(bucket), layout=batches.layout(bucket), **fixed, **more)
 
-        return Weights(leaves, tree, Programs(partial(lower, run_step, mesh=self._mesh)), Programs(partial(lower, run_draft)))
+        steps, drafts = Programs(partial(lower, run_step, mesh=self._mesh)), Programs(partial(lower, run_draft))
+        return Weights(params, adapters, leaves, tree, batches, steps, drafts)
 
 
 def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
@@ -141,13 +151,7 @@ def _shapes(leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Any:
 
 
 def _check_same_model(params: Decoder, other: Decoder) -> None:
-    def shape(leaf: Any) -> tuple[int, ...]:
-        return tuple(leaf.shape)
-
-    def is_weight(leaf: Any) -> bool:
-        return isinstance(leaf, Tiled | QArray | LowRank)
-
-    ours, theirs = ([shape(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_weight)] for tree in (params, other))
+    ours, theirs = ([tuple(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=is_weight)] for tree in (params, other))
     if ours != theirs:
         raise InvalidRequest("the new weights are those of another model: their shapes differ from the ones being served")
 

@@ -188,7 +188,8 @@ class Scheduler:
         """Give a sequence the pages that earlier ones have filled with the same tokens."""
         pages: list[int] = []
         if self._reuse:
-            pages, sequence.node = self.pages.match(sequence.tokens, self.root)
+            root = (self.root, sequence.adapters) if sequence.adapters else self.root
+            pages, sequence.node = self.pages.match(sequence.tokens, root)
         sequence.pages, sequence.shared = pages, len(pages)
         sequence.computed = sequence.cached = len(pages) * self.pages.page_size
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,6 +11,15 @@ from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob,
 from tars_jax.engine.speculation import Speculation
 from tars_jax.rows import pack_row
 from tars_jax.tokenizer import TextStream, Tokenizer
+
+
+class Share(NamedTuple):
+    """An adapter's part in a sequence (see `engine.adapters`): its number, its ranks from .. to in every update, and their strength."""
+
+    id: int
+    start: int
+    stop: int
+    strength: float
 
 
 class Constraint(Protocol):
@@ -78,6 +87,7 @@ class Sequence:
         self.yielded = False  # whether it let others go first in the last step
         self.speculation: Speculation | None = None
         self.constraint = constraint
+        self.adapters: tuple[Share, ...] = ()
         self.finish_reason: FinishReason | None = None
         room = max_context - self.prompt_length
         self.max_tokens = room if self.params.max_tokens is None else min(self.params.max_tokens, room)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tars_jax import kernels, sharding
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, ModelConfig
+from tars_jax.engine.adapters import fill_scales
 from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.scheduler import Span
 from tars_jax.engine.sequence import Sequence
@@ -56,6 +57,7 @@ class Layout:
     tokens: int  # T
     rows: int  # R
     pages: int  # P, of a row's table
+    ranks: int = 0  # of the adapters that requests choose among; 0: there are none
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -69,6 +71,7 @@ class Layout:
             "slots": (R,),  # of each row in the token table; max_rows for padding
             "sample_at": (R,),  # tokens whose successor is sampled; T for padding
             "samples": (R, len(FIELDS)),  # how, see `sampling.pack_row`
+            "strengths": (R, self.ranks),  # of each row's adapters, float32 bits
         }
 
     def split(self, numbers: Any) -> dict[str, Any]:
@@ -124,7 +127,8 @@ def run_step(
     ragged = dataclasses.replace(ragged, tokens=jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens))
     tokens = state.tokens.at[token_slots, ragged.positions].set(ragged.tokens, mode="drop")
     run = forward if mesh is None else partial(sharding.sharded_forward, mesh=mesh)
-    hidden, cache = run(params, config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
+    strengths = jax.lax.bitcast_convert_type(parts["strengths"], jnp.float32)[ragged.rows]  # [T, ranks]
+    hidden, cache = run(fill_scales(params, strengths), config, ragged, state.cache, context=context, dtype=jnp.dtype(dtype))
     draft_cache = state.draft
     if draft is not None and state.draft is not None:  # what the model reads, its draft reads too
         _, draft_cache = forward(draft_params, draft, ragged, state.draft, context=context, dtype=jnp.dtype(dtype))
@@ -132,6 +136,7 @@ def run_step(
     slots = token_slots.at[at].get(mode="fill", fill_value=max_rows)
     lengths = ragged.positions.at[at].get(mode="fill", fill_value=-1) + 1
     history = tokens.at[slots].get(mode="fill", fill_value=0)
+    params = fill_scales(params, strengths.at[at].get(mode="fill", fill_value=0))
     scores = logits(params, config, hidden.at[at].get(mode="fill", fill_value=0))
     sampled = sample(scores, unpack_rows(parts["samples"], batch.allowed), history, lengths)
     tokens = tokens.at[slots, lengths].set(sampled.tokens, mode="drop")
@@ -199,15 +204,15 @@ def buckets(engine: EngineConfig) -> list[int]:
 class Batches:
     """Makes the steps' inputs for one engine."""
 
-    def __init__(self, engine: EngineConfig, vocab_size: int) -> None:
-        self._engine, self._mask_words = engine, -(-vocab_size // 32)
+    def __init__(self, engine: EngineConfig, vocab_size: int, ranks: int = 0) -> None:
+        self._engine, self._mask_words, self._ranks = engine, -(-vocab_size // 32), ranks
         self._empty: dict[int, np.ndarray] = {}
         self._unmasked: dict[int, jax.Array] = {}  # stay on the device
 
     def layout(self, bucket: int) -> Layout:
         """Of a step of ``bucket`` tokens."""
         engine = self._engine
-        return Layout(bucket, min(bucket, engine.max_rows), -(-engine.max_context // engine.page_size))
+        return Layout(bucket, min(bucket, engine.max_rows), -(-engine.max_context // engine.page_size), self._ranks)
 
     def empty(self, bucket: int) -> StepBatch:
         """Padding alone."""
@@ -272,3 +277,5 @@ def _fill(parts: dict[str, Any], r: int, span: Span, at: int) -> None:
     parts["positions"][at : at + span.tokens] = range(span.start, span.start + span.tokens) if span.tokens > 1 else span.start
     parts["query_starts"][r], parts["kv_lengths"][r], parts["slots"][r] = at, span.start + span.tokens, sequence.slot
     parts["page_tables"][r, : len(sequence.pages)] = sequence.pages
+    for share in sequence.adapters:
+        parts["strengths"].view(np.float32)[r, share.start : share.stop] += share.strength

@@ -55,22 +55,23 @@ def read_config(file: GGUFFile) -> ModelConfig:
 
 def tensor_reader(file: GGUFFile, config: ModelConfig) -> tuple[Mapping[str, str], Mapping[str, int], ReadTensor]:
     """The name table, the bytes of each tensor, and a function that reads one by its file name and canonical name."""
-    interleaved = INTERLEAVED_ROPE[config.architecture]
 
     def read(name: str, leaf: str) -> np.ndarray | Blocks:
         value = file.read(name)
-        part = leaf.rsplit(".", 1)[-1]
-        if interleaved and part in ("q", "k", "q_bias", "k_bias"):
-            order = _half_order(config, value.shape[0] // config.head_dim)
-            return value.rows(order) if isinstance(value, Blocks) else value[order]
-        return value
+        order = rotary_order(config, leaf, value.shape[0])
+        if order is None:
+            return value
+        return value.rows(order) if isinstance(value, Blocks) else value[order]
 
     return GGUF, {name: info.nbytes for name, info in file.tensors.items()}, read
 
 
-def _half_order(config: ModelConfig, heads: int) -> np.ndarray:
-    """Rows of a projection with neighbouring rotary pairs, in the order in which i pairs with i + rotary_dim / 2."""
-    rotary = config.rotary_dim
+def rotary_order(config: ModelConfig, leaf: str, rows: int) -> np.ndarray | None:
+    """Where the file's rows of a query or key projection have rotary pairs side by side: these rows in the order in which i pairs
+    with i + rotary_dim / 2. None for parameters whose rows stay as they are."""
+    if not INTERLEAVED_ROPE[config.architecture] or leaf.rsplit(".", 1)[-1] not in ("q", "k", "q_bias", "k_bias"):
+        return None
+    heads, rotary = rows // config.head_dim, config.rotary_dim
     head = np.concatenate([np.arange(0, rotary, 2), np.arange(1, rotary, 2), np.arange(rotary, config.head_dim)])
     return (np.arange(heads)[:, None] * config.head_dim + head).reshape(-1)
 

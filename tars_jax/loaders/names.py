@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from tars_jax import errors
 from tars_jax.errors import ModelFileError
 
 _LAYER_PARTS = {
@@ -61,7 +62,7 @@ def canonical(names: Iterable[str], table: Mapping[str, str], expected: Mapping[
     found: dict[str, str] = {}
     faults = []
     for name in names:
-        target = _translate(name, table)
+        target = translate(name, table)
         if target is None or target not in expected:
             if not IGNORED.fullmatch(name) and target != "lm_head":
                 faults.append(f"unknown tensor {name}")
@@ -76,13 +77,20 @@ def canonical(names: Iterable[str], table: Mapping[str, str], expected: Mapping[
 
 def refuse(faults: list[str], source: str) -> None:
     """Raise one ModelFileError for all faults, if there are any."""
-    if faults:
-        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise ModelFileError(f"{source} does not hold the model its metadata describes: {shown}")
+    errors.refuse(faults, f"{source} does not hold the model its metadata describes", ModelFileError)
 
 
-def _translate(name: str, table: Mapping[str, str]) -> str | None:
+def translate(name: str, table: Mapping[str, str]) -> str | None:
+    """Canonical name of a file's tensor, None for one that the table does not know."""
     for pattern, target in table.items():
         if match := re.fullmatch(pattern, name):
             return target.format(*match.groups())
     return None
+
+
+def name_in_file(leaf: str, table: Mapping[str, str]) -> str:
+    """The inverse of `translate`. Raises KeyError for a leaf that the table does not know."""
+    layer = next((part for part in leaf.split(".") if part.isdigit()), "")
+    patterns = {target: pattern for pattern, target in table.items()}
+    pattern = patterns[leaf.replace(f".{layer}.", ".{}.") if layer else leaf]
+    return pattern.replace(r"(\d+)", layer).replace("\\", "")

@@ -1,6 +1,7 @@
 """Opening models: `load` takes a name from the store, a path or a preset, and gives a `Model`."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -9,20 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from tars_jax import compile_cache, kernels, memory, planning, presets
+from tars_jax.adapters import Adapter, apply_adapter
 from tars_jax.chat import CHATML, ChatTemplate
 from tars_jax.config import EngineConfig, ModelConfig, models_dir
 from tars_jax.errors import ModelFileError
 from tars_jax.loaders.blocks import TYPES
 from tars_jax.loaders.gguf import GGUFFile, open_gguf
+from tars_jax.loaders.gguf_lora import read_gguf_lora
 from tars_jax.loaders.gguf_model import read_config, tensor_reader
 from tars_jax.loaders.loaded import Model
 from tars_jax.loaders.params import Progress, WeightForm, build_params, stored
+from tars_jax.loaders.peft import CONFIG_FILE, read_peft
 from tars_jax.loaders.random_weights import matrix_dtype, random_model
 from tars_jax.planning import Storage
 from tars_jax.store import Store
 from tars_jax.tokenizer import Tokenizer
 
-__all__ = ["Model", "ModelFile", "load"]
+__all__ = ["Model", "ModelFile", "load", "read_adapter"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,14 +35,16 @@ class ModelFile:
 
     path: Path
     gguf: GGUFFile
+    adapters: tuple[Path, ...] = ()  # that a model of the store has beside it
 
     @classmethod
     def open(cls, name_or_path: str | Path, store: Store | None = None) -> "ModelFile":
         """By its name in the store or by the path of its file. Raises ModelNotFound and ModelFileError."""
         path = Path(name_or_path).expanduser()
-        if not path.is_file():
-            path = (store or Store(models_dir())).find(str(name_or_path)).model_path
-        return cls(path, open_gguf(path))
+        if path.is_file():
+            return cls(path, open_gguf(path))
+        stored = (store or Store(models_dir())).find(str(name_or_path))
+        return cls(stored.model_path, open_gguf(stored.model_path), tuple(stored.adapter_paths))
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -54,6 +60,7 @@ class ModelFile:
 def load(
     name_or_path: str | Path,
     *,
+    adapters: Sequence[str | Path | Adapter] = (),
     store: Store | None = None,
     weights: WeightForm | Literal["auto"] = "auto",
     engine: EngineConfig | None = None,
@@ -61,6 +68,8 @@ def load(
 ) -> Model:
     """Open a model by its name in the store or by the path of its file; ``preset:NAME`` is a preset with random weights.
 
+    adapters: LoRA, in memory or paths as in `read_adapter`; they stay apart from the weights, and several add up. A model of the store
+    has those it was stored with too.
     weights: "tiled" lays matrices out for the CPU kernels, "packed" keeps quantised ones as they are, "dense" expands them to
     the compute type. "auto" is "tiled" on a CPU with kernels; else it expands what takes at most a quarter of the free memory,
     because XLA alone would expand packed weights again on every step.
@@ -73,7 +82,7 @@ def load(
     if preset := presets.named(str(name_or_path)):
         form = choose_form(preset.config, dtype) if weights == "auto" else weights
         check_memory(preset.config, Storage(8 * jnp.dtype(matrix_dtype(form, dtype)).itemsize, tiled=form == "tiled"), engine)
-        return random_model(preset, form=form, dtype=dtype)
+        return _with_adapters(random_model(preset, form=form, dtype=dtype), adapters)
     file = ModelFile.open(name_or_path, store)
     config, source = file.config, str(file.path)
     form = choose_form(config, dtype) if weights == "auto" else weights
@@ -85,7 +94,30 @@ def load(
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelFileError(f"{source}: {tokenizer.vocab_size} tokens but only {config.vocab_size} embeddings")
     template = _chat_template(file.gguf, tokenizer)
-    return Model(str(name_or_path), file.path, config, params, tokenizer, template, file.gguf.metadata, dtype)
+    model = Model(str(name_or_path), file.path, config, params, tokenizer, template, file.gguf.metadata, dtype)
+    return _with_adapters(model, [*file.adapters, *adapters])
+
+
+def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
+    """Read a LoRA adapter for a model of this configuration: a PEFT folder (or a file in it) or a GGUF file.
+
+    Raises ModelFileError that says what is missing, malformed, or does not fit.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return read_peft(path, config)
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such adapter; pass a PEFT folder or a GGUF file")
+    if path.name == CONFIG_FILE or path.suffix == ".safetensors":
+        return read_peft(path.parent, config)
+    return read_gguf_lora(path, config)
+
+
+def _with_adapters(model: Model, adapters: Sequence[str | Path | Adapter]) -> Model:
+    params = model.params
+    for adapter in adapters:
+        params = apply_adapter(params, adapter if isinstance(adapter, Adapter) else read_adapter(adapter, model.config))
+    return dataclasses.replace(model, params=params)
 
 
 def compute_dtype() -> str:
