@@ -53,18 +53,21 @@ TARS_INLINE Ints splat(int32_t x) {
   TARS_EACH_PART(i) r.part[i] = x - IntPart{};
   return r;
 }
-TARS_INLINE Floats load(const float* p) {
-  Floats r;
-  std::memcpy(&r, p, sizeof r);
+// Part by part: of 64 bytes at once GCC makes copies in quarters through the stack, which then stall every load from it.
+template <class V>
+TARS_INLINE V load_parts(const void* p) {
+  V r;
+  TARS_EACH_PART(i) std::memcpy(&r.part[i], static_cast<const char*>(p) + i * TARS_VECTOR_BYTES, TARS_VECTOR_BYTES);
   return r;
 }
-TARS_INLINE Ints load_ints(const void* p) {
-  Ints r;
-  std::memcpy(&r, p, sizeof r);
-  return r;
+template <class V>
+TARS_INLINE void store_parts(void* p, const V& a) {
+  TARS_EACH_PART(i) std::memcpy(static_cast<char*>(p) + i * TARS_VECTOR_BYTES, &a.part[i], TARS_VECTOR_BYTES);
 }
-TARS_INLINE void store(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
-TARS_INLINE void store(int32_t* p, Ints a) { std::memcpy(p, &a, sizeof a); }
+TARS_INLINE Floats load(const float* p) { return load_parts<Floats>(p); }
+TARS_INLINE Ints load_ints(const void* p) { return load_parts<Ints>(p); }
+TARS_INLINE void store(float* p, Floats a) { store_parts(p, a); }
+TARS_INLINE void store(int32_t* p, Ints a) { store_parts(p, a); }
 
 #define TARS_BINARY(V, op)                                   \
   TARS_INLINE V operator op(V a, V b) {                      \
@@ -112,12 +115,12 @@ TARS_INLINE Floats to_floats(Ints a) {
 }
 TARS_INLINE Floats as_floats(Ints a) {
   Floats r;
-  std::memcpy(&r, &a, sizeof r);
+  TARS_EACH_PART(i) r.part[i] = (FloatPart)a.part[i];
   return r;
 }
 TARS_INLINE Ints as_ints(Floats a) {
   Ints r;
-  std::memcpy(&r, &a, sizeof r);
+  TARS_EACH_PART(i) r.part[i] = (IntPart)a.part[i];
   return r;
 }
 // Lanes of -1 where a < b, else 0; a NaN compares false.
