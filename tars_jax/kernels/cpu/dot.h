@@ -7,27 +7,36 @@
 
 namespace tars::TARS_ISA {
 
-// acc[o] += sum over j < 4 of codes[o][j] * x[j], where codes are unsigned and x signed bytes.
-// kWide: codes reach 255; otherwise at most 15, which lets AVX2 sum pairs in 16 bits.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#define TARS_MADDUBS
+// Keeps an addition where it stands: GCC would do all multiplications of a block first and spill what they give.
+TARS_INLINE IntPart here(__m256i a) {
+  __asm__ volatile("" : "+x"(a));
+  return (IntPart)a;
+}
+#endif
+
+// acc[o] += sum over j < 4 of codes[o][j] * x[j], where codes are unsigned and x signed bytes. kWide: codes reach 255, otherwise 15.
+//
+// Without VNNI, AVX2 multiplies and adds in pairs of 16 bits. Of narrow codes the 8 quads of a group fit: 8 * 2 * 15 * 127 < 2^15; the
+// pairs are added by `whole` at the end. Wide ones would saturate even in one quad: |code - 128| and the sign moved to x do not.
 template <bool kWide>
 TARS_INLINE Ints dot4(Ints acc, Ints codes, const int8_t* x) {
   int32_t quad;
   std::memcpy(&quad, x, 4);
 #if defined(__AVX512VNNI__)
   acc.part[0] = (IntPart)_mm512_dpbusd_epi32((__m512i)acc.part[0], (__m512i)codes.part[0], _mm512_set1_epi32(quad));
-#elif defined(__AVX2__)
-  const __m256i ones = _mm256_set1_epi16(1), q = _mm256_set1_epi32(quad);
+#elif defined(TARS_MADDUBS)
+  const __m256i q = _mm256_set1_epi32(quad);
   TARS_EACH_PART(i) {
-    __m256i c = (__m256i)codes.part[i];
-    // `vpmaddubsw` saturates at 2 * 255 * 127; |code - 128| and the sign moved to x stay below it.
-    __m256i pairs;
+    const __m256i c = (__m256i)codes.part[i];
     if constexpr (kWide) {
-      c = _mm256_xor_si256(c, _mm256_set1_epi8(-128));
-      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(q, c));
+      const __m256i code = _mm256_xor_si256(c, _mm256_set1_epi8(-128));
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(q, code));
+      acc.part[i] = here(_mm256_add_epi32((__m256i)acc.part[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
     } else {
-      pairs = _mm256_maddubs_epi16(c, q);
+      acc.part[i] = here(_mm256_add_epi16((__m256i)acc.part[i], _mm256_maddubs_epi16(c, q)));
     }
-    acc.part[i] += (IntPart)_mm256_madd_epi16(pairs, ones);
   }
 #else
   const Ints byte = splat(255);
@@ -37,11 +46,30 @@ TARS_INLINE Ints dot4(Ints acc, Ints codes, const int8_t* x) {
   return acc;
 }
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(TARS_MADDUBS)
 constexpr bool kSignedBytes = true;  // `dot4<true>` has removed the offset of 128 itself
+constexpr int kDotRows = 4;
 #else
 constexpr bool kSignedBytes = false;
+constexpr int kDotRows = kRowBlock;
 #endif
+
+// What `dot4` starts from and what its sums, `start` included, are at the end.
+template <bool kWide>
+TARS_INLINE Ints first(Ints start) {
+#if defined(TARS_MADDUBS)
+  if constexpr (!kWide) return splat(0);
+#endif
+  return start;
+}
+template <bool kWide>
+TARS_INLINE Ints whole(Ints acc, [[maybe_unused]] Ints start) {
+#if defined(TARS_MADDUBS)
+  if constexpr (!kWide)
+    TARS_EACH_PART(i) acc.part[i] = start.part[i] + (IntPart)_mm256_madd_epi16((__m256i)acc.part[i], _mm256_set1_epi16(1));
+#endif
+  return acc;
+}
 
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 struct QuantizedBlock {
@@ -61,7 +89,7 @@ struct QuantizedBlock {
 
   template <int kRows>
   TARS_INLINE void dot_codes(const uint8_t* codes, int half, const ActivationGroup* x, Ints* acc) {
-    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = start(x[r], half);
+    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = first<kBits == 8>(start(x[r], half));
     TARS_UNROLL for (int i = 0; i < kVectors; ++i) {
       const int v = half * kVectors + i;
       Ints c = load_ints(codes + 64 * v);
@@ -74,6 +102,7 @@ struct QuantizedBlock {
         TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = dot4<false>(acc[r], high, x[r].codes + then);
       }
     }
+    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = whole<kBits == 8>(acc[r], start(x[r], half));
   }
 
   // The activations' part of what the minima add: the sum over one weight group.
@@ -154,20 +183,17 @@ __attribute__((target("avx512bf16"))) static void bf16_rows(const uint8_t* tile,
 }
 #endif
 
-// Runs `rows` over 0..8 rows of a panel in the row blocks that are compiled: 8, 4, 2, 1.
-#define TARS_ROW_BLOCKS(function)                                                      \
-  int r = 0;                                                                           \
-  if (kRowBlock == 8 && rows == 8) {                                                   \
-    function<kRowBlock>(tile, blocks, x, out);                                         \
-    return;                                                                            \
-  }                                                                                    \
-  if constexpr (kRowBlock == 8) {                                                      \
-    if (rows - r >= 4) {                                                               \
-      function<4>(tile, blocks, x, out);                                               \
-      r += 4;                                                                          \
-    }                                                                                  \
-  }                                                                                    \
-  for (; rows - r >= 2; r += 2) function<2>(tile, blocks, x + r, out + r * kLanes);    \
+// Runs `function` over 0..8 rows of a panel in the row blocks that are compiled: `most` (8, 4 or 2), 4, 2, 1.
+#define TARS_ROW_BLOCKS(function, most)                                                      \
+  int r = 0;                                                                                 \
+  for (; rows - r >= most; r += most) function<most>(tile, blocks, x + r, out + r * kLanes); \
+  if constexpr (most > 4) {                                                                  \
+    if (rows - r >= 4) {                                                                     \
+      function<4>(tile, blocks, x + r, out + r * kLanes);                                    \
+      r += 4;                                                                                \
+    }                                                                                        \
+  }                                                                                          \
+  for (; rows - r >= 2; r += 2) function<2>(tile, blocks, x + r, out + r * kLanes);          \
   if (r < rows) function<1>(tile, blocks, x + r, out + r * kLanes);
 
 using DotTile = void (*)(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out);
@@ -176,19 +202,19 @@ template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 static void dot_quantized(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
   using Block = QuantizedBlock<kBits, kWeightGroup, kAffine, kType>;
   const ActivationGroup* x = panel.groups;
-  TARS_ROW_BLOCKS(Block::template rows)
+  TARS_ROW_BLOCKS(Block::template rows, kDotRows)
 }
 
 template <DType kType>
 static void dot_dense(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
   const float* x = panel.floats;
-  TARS_ROW_BLOCKS(DenseBlock<kType>::template rows)
+  TARS_ROW_BLOCKS(DenseBlock<kType>::template rows, kRowBlock)
 }
 
 #if defined(__AVX512F__)
 static void dot_bf16(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
   const uint32_t* x = panel.pairs;
-  TARS_ROW_BLOCKS(bf16_rows)
+  TARS_ROW_BLOCKS(bf16_rows, kRowBlock)
 }
 #endif
 
