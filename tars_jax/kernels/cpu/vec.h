@@ -167,6 +167,15 @@ TARS_INLINE float sum(Floats a) {
   x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
   x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
   return _mm512_cvtss_f32(x);
+#elif defined(__AVX2__)
+  float pair[kParts];
+  TARS_EACH_PART(i) {
+    __m256 x = (__m256)a.part[i];
+    x = _mm256_add_ps(x, _mm256_permute_ps(x, 0x4e));
+    x = _mm256_add_ps(x, _mm256_permute_ps(x, 0xb1));
+    pair[i] = _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
+  return pair[0] + pair[1];
 #else
   float x[kLanes];
   store(x, a);
@@ -176,6 +185,11 @@ TARS_INLINE float sum(Floats a) {
 TARS_INLINE int32_t sum(Ints a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)a.part[0]);
+#elif defined(__AVX2__)
+  const __m256i both = _mm256_add_epi32((__m256i)a.part[0], (__m256i)a.part[1]);
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
 #else
   int32_t x[kLanes], total = 0;
   store(x, a);
@@ -186,28 +200,45 @@ TARS_INLINE int32_t sum(Ints a) {
 TARS_INLINE float max_of(Floats a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)a.part[0]);
-#endif
+#elif defined(__AVX2__)
+  const __m256 both = _mm256_max_ps((__m256)a.part[0], (__m256)a.part[1]);
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  x = _mm_max_ps(x, _mm_permute_ps(x, 0x4e));
+  return _mm_cvtss_f32(_mm_max_ps(x, _mm_permute_ps(x, 0xb1)));
+#else
   float x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
   return x[0];
+#endif
 }
 TARS_INLINE int32_t max_of(Ints a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epi32((__m512i)a.part[0]);
-#endif
+#elif defined(__AVX2__)
+  const __m256i both = _mm256_max_epi32((__m256i)a.part[0], (__m256i)a.part[1]);
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+#else
   int32_t x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
   return x[0];
+#endif
 }
 
 // The low byte of each lane.
 TARS_INLINE void store_bytes(int8_t* p, Ints a) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)a.part[0]));
+#elif defined(__AVX2__)
+  const Ints bytes = a & splat(255);
+  const __m256i halves = _mm256_packus_epi32((__m256i)bytes.part[0], (__m256i)bytes.part[1]);  // of both parts, 4 and 4
+  const __m256i in_order = _mm256_permute4x64_epi64(halves, 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
 #else
   int32_t x[kLanes];
   store(x, a);
