@@ -16,11 +16,11 @@ TARS_INLINE IntPart here(__m256i a) {
 }
 #endif
 
-// acc[o] += sum over j < 4 of codes[o][j] * x[j], where codes are unsigned and x signed bytes. kWide: codes reach 255, otherwise 15.
+// acc[o] += sum over j < 4 of codes[o][j] * x[j], where codes are unsigned and x signed bytes.
 //
-// Without VNNI, AVX2 multiplies and adds in pairs of 16 bits. Of narrow codes the 8 quads of a group fit: 8 * 2 * 15 * 127 < 2^15; the
-// pairs are added by `whole` at the end. Wide ones would saturate even in one quad: |code - 128| and the sign moved to x do not.
-template <bool kWide>
+// Without VNNI, AVX2 multiplies and adds in pairs of 16 bits. Of codes below 8 bits some quads fit into these, and `add_pairs` makes them
+// whole. Codes of 8 bits would saturate even in one quad: |code - 128| and the sign moved to x do not.
+template <int kBits>
 TARS_INLINE Ints dot4(Ints acc, Ints codes, const int8_t* x) {
   int32_t quad;
   std::memcpy(&quad, x, 4);
@@ -30,7 +30,7 @@ TARS_INLINE Ints dot4(Ints acc, Ints codes, const int8_t* x) {
   const __m256i q = _mm256_set1_epi32(quad);
   TARS_EACH_PART(i) {
     const __m256i c = (__m256i)codes.part[i];
-    if constexpr (kWide) {
+    if constexpr (kBits == 8) {
       const __m256i code = _mm256_xor_si256(c, _mm256_set1_epi8(-128));
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(q, code));
       acc.part[i] = here(_mm256_add_epi32((__m256i)acc.part[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
@@ -47,29 +47,20 @@ TARS_INLINE Ints dot4(Ints acc, Ints codes, const int8_t* x) {
 }
 
 #if defined(TARS_MADDUBS)
-constexpr bool kSignedBytes = true;  // `dot4<true>` has removed the offset of 128 itself
-constexpr int kDotRows = 4;
-#else
-constexpr bool kSignedBytes = false;
-constexpr int kDotRows = kRowBlock;
-#endif
-
-// What `dot4` starts from and what its sums, `start` included, are at the end.
-template <bool kWide>
-TARS_INLINE Ints first(Ints start) {
-#if defined(TARS_MADDUBS)
-  if constexpr (!kWide) return splat(0);
-#endif
-  return start;
-}
-template <bool kWide>
-TARS_INLINE Ints whole(Ints acc, [[maybe_unused]] Ints start) {
-#if defined(TARS_MADDUBS)
-  if constexpr (!kWide)
-    TARS_EACH_PART(i) acc.part[i] = start.part[i] + (IntPart)_mm256_madd_epi16((__m256i)acc.part[i], _mm256_set1_epi16(1));
-#endif
+constexpr bool kSignedBytes = true;  // `dot4<8>` has removed the offset of 128 itself
+// Quads whose pairs fit into 16 bits: each adds at most 2 * (2^bits - 1) * 127. 0: `dot4` sums in 32 bits.
+constexpr int quads_in_pairs(int bits) { return bits == 8 ? 0 : 8 >> (bits - 4); }
+constexpr int dot_rows(int bits) { return bits == 4 || bits == 8 ? 4 : 2; }
+TARS_INLINE Ints add_pairs(Ints acc, Ints pairs) {
+  TARS_EACH_PART(i) acc.part[i] += (IntPart)_mm256_madd_epi16((__m256i)pairs.part[i], _mm256_set1_epi16(1));
   return acc;
 }
+#else
+constexpr bool kSignedBytes = false;
+constexpr int quads_in_pairs(int) { return 0; }
+constexpr int dot_rows(int) { return kRowBlock; }
+TARS_INLINE Ints add_pairs(Ints acc, Ints) { return acc; }
+#endif
 
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 struct QuantizedBlock {
@@ -77,32 +68,53 @@ struct QuantizedBlock {
   static constexpr int kCodeBytes = kLanes * kGroup * kBits / 8;
   static constexpr int kScaleBytes = kLanes * (kType == DType::kF32 ? 4 : 2);
   static constexpr int kBytes = kCodeBytes + kHalves * kScaleBytes * (kAffine ? 2 : 1);
-  static constexpr int kVectors = kCodeBytes / 64 / kHalves;  // of codes, per weight group
-  static constexpr bool kOffset = kBits == 4 ? !kAffine : !kSignedBytes;
+  static constexpr int kVectors = (kBits == 8 ? 8 : kNibbleVectors) / kHalves;  // of codes or their nibbles, per weight group
+  static constexpr bool kOffset = kBits == 8 ? !kSignedBytes : !kAffine;
+  static constexpr int kPairs = quads_in_pairs(kBits);
 
   // What an accumulator starts from: minus the code offset times the sum of the activations' codes.
   TARS_INLINE Ints start(const ActivationGroup& x, int half) {
     if constexpr (!kOffset) return splat(0);
     int32_t minus8 = kHalves == 1 ? x.minus8 : half == 0 ? x.minus8_low : x.minus8 - x.minus8_low;
-    return kBits == 4 ? splat(minus8) : shift_left<4>(splat(minus8));
+    return shift_left<kBits == 8 ? 4 : kBits - 4>(splat(minus8));
+  }
+
+  // The bits above a quad's nibbles, where they belong in its codes.
+  TARS_INLINE Ints high_bits(const uint8_t* codes, int quad) {
+    const Above at = above(kBits, quad);
+    return shift(load_ints(codes + 64 * (kNibbleVectors + at.vector)), 4 - at.shift) & splat(((1 << (kBits - 4)) - 1) * 0x10101010);
+  }
+
+  template <int kRows>
+  TARS_INLINE void dot_quad(Ints codes, int quad, const ActivationGroup* x, Ints* acc, Ints* pairs) {
+    TARS_UNROLL for (int r = 0; r < kRows; ++r) {
+      if constexpr (kPairs > 0) pairs[r] = dot4<kBits>(pairs[r], codes, x[r].codes + kQuad * quad);
+      else acc[r] = dot4<kBits>(acc[r], codes, x[r].codes + kQuad * quad);
+    }
   }
 
   template <int kRows>
   TARS_INLINE void dot_codes(const uint8_t* codes, int half, const ActivationGroup* x, Ints* acc) {
-    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = first<kBits == 8>(start(x[r], half));
+    Ints pairs[kRows];
+    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = start(x[r], half), pairs[r] = splat(0);
     TARS_UNROLL for (int i = 0; i < kVectors; ++i) {
       const int v = half * kVectors + i;
       Ints c = load_ints(codes + 64 * v);
       if constexpr (kBits == 8) {
-        TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = dot4<true>(acc[r], c, x[r].codes + kQuad * v);
+        dot_quad<kRows>(c, v, x, acc, pairs);
       } else {
+        const int low_at = low_quad(kWeightGroup, v), high_at = high_quad(kWeightGroup, v);
         Ints low = c & splat(0x0f0f0f0f), high = shift_right<4>(c) & splat(0x0f0f0f0f);
-        const int at = kQuad * low_quad(kWeightGroup, v), then = kQuad * high_quad(kWeightGroup, v);
-        TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = dot4<false>(acc[r], low, x[r].codes + at);
-        TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = dot4<false>(acc[r], high, x[r].codes + then);
+        if constexpr (kBits > 4) low = low | high_bits(codes, low_at), high = high | high_bits(codes, high_at);
+        dot_quad<kRows>(low, low_at, x, acc, pairs);
+        dot_quad<kRows>(high, high_at, x, acc, pairs);
+        if constexpr (kPairs > 0) {
+          if (2 * (i + 1) % kPairs == 0 || i + 1 == kVectors) {
+            TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = add_pairs(acc[r], pairs[r]), pairs[r] = splat(0);
+          }
+        }
       }
     }
-    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = whole<kBits == 8>(acc[r], start(x[r], half));
   }
 
   // The activations' part of what the minima add: the sum over one weight group.
@@ -202,7 +214,7 @@ template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 static void dot_quantized(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
   using Block = QuantizedBlock<kBits, kWeightGroup, kAffine, kType>;
   const ActivationGroup* x = panel.groups;
-  TARS_ROW_BLOCKS(Block::template rows, kDotRows)
+  TARS_ROW_BLOCKS(Block::template rows, dot_rows(kBits))
 }
 
 template <DType kType>
@@ -228,6 +240,8 @@ static DotTile pick_quantized(const Format& w) {
 static DotTile pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
   if (w.quantized()) {
     if (w.bits == 4) return w.group == 32 ? pick_quantized<4, 32>(w) : pick_quantized<4, 16>(w);
+    if (w.bits == 5) return pick_quantized<5, 32>(w);
+    if (w.bits == 6) return w.dtype == DType::kF16 ? dot_quantized<6, 16, false, DType::kF16> : dot_quantized<6, 16, false, DType::kF32>;
     return w.group == 32 ? pick_quantized<8, 32>(w) : pick_quantized<8, 16>(w);
   }
 #if defined(__AVX512F__)

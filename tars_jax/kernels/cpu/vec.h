@@ -108,6 +108,10 @@ TARS_INLINE Ints shift_right(Ints a) {  // arithmetic
   TARS_EACH_PART(i) a.part[i] = a.part[i] >> N;
   return a;
 }
+TARS_INLINE Ints shift(Ints a, int left) {  // arithmetic; to the right if negative
+  TARS_EACH_PART(i) a.part[i] = left >= 0 ? a.part[i] << left : a.part[i] >> -left;
+  return a;
+}
 TARS_INLINE Floats to_floats(Ints a) {
   Floats r;
   TARS_EACH_PART(i) r.part[i] = __builtin_convertvector(a.part[i], FloatPart);
