@@ -1,7 +1,7 @@
 """Weights as leaf types: a plain array, a `QArray` of packed codes, or a `LowRank` update on top of either.
 
-Every quantised file format is repacked losslessly into one of two layouts, int8-grouped and int4-grouped (arrays of codes
-with a scale, and where the format has one a minimum, per group of 16 or 32 inputs). Only `ops.matmul` and `ops.take` know
+Every quantised file format is repacked losslessly into one of two layouts, a code a byte or two 4-bit codes a byte (with a
+scale, and where the format has one a minimum, per group of 16 or 32 inputs). Only `ops.matmul` and `ops.take` know
 that these types exist.
 """
 
@@ -21,6 +21,7 @@ NIBBLE_OFFSET = 8  # 4-bit codes without minima are signed, -8..7, and stored wi
 class QArray:
     """A matrix [O, K] quantised in groups along K: ``w[o, k] = code[o, k] * scale[o, k // group] + min[o, k // group]``.
 
+    bits: what a code needs: 4, 5, 6 or 8. Codes of 5 and 6 bits take a byte each here, and their own size in a `kernels.Tiled`.
     codes: int8 [O, K]; or uint8 [O, K // 2] when bits is 4, where byte j of a group holds code j in its low half and code
     j + group // 2 in its high half (GGUF's Q4 order), stored with an offset of 8 when there are no minima.
     scales, mins: float16 or float32 [O, K // group].
@@ -34,7 +35,7 @@ class QArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[:-1], self.codes.shape[-1] * (8 // self.bits))
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * (2 if self.bits == 4 else 1))
 
     @property
     def nbytes(self) -> int:
@@ -80,18 +81,19 @@ def pack(codes: Any, scales: Any, mins: Any, *, bits: int, group: int) -> QArray
     """
     if codes.shape[-1] % group:
         raise InvalidRequest(f"cannot pack {codes.shape[-1]} columns in groups of {group}")
-    if bits == 8:
-        return QArray(codes, scales, mins, bits=8, group=group)
+    low, high = (0, 1 << bits) if mins is not None and bits < 8 else (-(1 << (bits - 1)), 1 << (bits - 1))
+    if bits < 8 and codes.size and not low <= codes.min() <= codes.max() < high:
+        raise InvalidRequest(f"cannot pack codes outside {bits} bits")
+    if bits > 4:
+        return QArray(codes, scales, mins, bits=bits, group=group)
     unsigned = (codes + (NIBBLE_OFFSET if mins is None else 0)).view(np.uint8).reshape(*codes.shape[:-1], -1, 2, group // 2)
-    if unsigned.size and unsigned.max() > 15:
-        raise InvalidRequest("cannot pack codes outside 4 bits")
     packed: Any = unsigned[..., 0, :] | (unsigned[..., 1, :] << 4)
     return QArray(packed.reshape(*codes.shape[:-1], -1), scales, mins, bits=4, group=group)
 
 
 def unpack(w: QArray) -> jax.Array:
     """Signed codes of a `QArray`, int8 [O, K]."""
-    if w.bits == 8:
+    if w.bits > 4:
         return w.codes
     grouped = w.codes.reshape(*w.codes.shape[:-1], -1, w.group // 2)
     codes = jnp.concatenate([grouped & 15, grouped >> 4], axis=-1).astype(jnp.int8)

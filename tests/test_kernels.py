@@ -19,6 +19,7 @@ from tests.test_attention import ragged
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.unavailable_reason()}")
 
 QUANTIZED = [(bits, group, affine, dtype) for bits in (4, 8) for group in (16, 32) for affine in (0, 1) for dtype in ("float16", "float32")]
+QUANTIZED += [(5, 32, 0, "float16"), (5, 32, 1, "float16"), (5, 32, 1, "float32"), (6, 16, 0, "float32")]
 KINDS = [*QUANTIZED, "float32", "float16", "bfloat16"]
 ROWS = (0, 1, 2, 3, 7, 16, 17, 33, 130)
 EPS = 1e-5
@@ -38,7 +39,7 @@ def weight(kind: Any, outputs: int, inputs: int, seed: int = 0) -> Any:
     if isinstance(kind, str):
         return np.asarray(jnp.asarray(rng.normal(size=(outputs, inputs)) * inputs**-0.5, kind))
     bits, group, affine, dtype = kind
-    low, high = (0, 16) if bits == 4 and affine else (-(1 << (bits - 1)), 1 << (bits - 1))
+    low, high = (0, 1 << bits) if bits < 8 and affine else (-(1 << (bits - 1)), 1 << (bits - 1))
     codes = rng.integers(low, high, (outputs, inputs)).astype(np.int8)
     scales = (rng.uniform(0.5, 2, (outputs, inputs // group)) * inputs**-0.5 / high).astype(dtype)
     mins = rng.normal(size=scales.shape).astype(dtype) * np.asarray(inputs**-0.5, dtype) if affine else None
@@ -147,6 +148,16 @@ def test_a_row_does_not_depend_on_its_batch(kind: Any) -> None:
     for i in (0, 5, 8, 33, 36):
         alone = kernels.norm_linear(jnp.asarray(x[i : i + 1]), None, 0.0, [w])[0]
         np.testing.assert_array_equal(np.asarray(alone)[0], together[i])
+
+
+@pytest.mark.parametrize("kind", [(4, 32, 0, "float16"), (5, 32, 1, "float16"), (6, 16, 0, "float32"), (8, 32, 0, "float16")], ids=str)
+def test_the_largest_codes_overflow_nothing(kind: Any) -> None:
+    w, x = weight(kind, 16, 64), np.full((9, 64), 127, np.float32) * np.array([[1], [-1], [1]] * 3, np.float32)
+    low, high = (0, (1 << kind[0]) - 1) if kind[2] and kind[0] < 8 else (-(1 << (kind[0] - 1)), (1 << (kind[0] - 1)) - 1)
+    for code in (low, high):
+        full = quant.pack(np.full((16, 64), code, np.int8), np.ones_like(w.scales), w.mins, bits=kind[0], group=kind[1])
+        y = kernels.norm_linear(jnp.asarray(x), None, 0.0, [kernels.pack_tiles(full)])[0]
+        np.testing.assert_allclose(y, x @ dense(full).T, rtol=1e-5)
 
 
 def test_large_products_are_shared_between_threads() -> None:

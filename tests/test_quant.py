@@ -10,11 +10,12 @@ from tars_jax.ops import matmul, take
 from tars_jax.quant import LowRank, QArray, dequantize, pack, unpack
 
 FORMS = [(bits, group, affine) for bits in (4, 8) for group in (16, 32) for affine in (False, True)]
+FORMS += [(5, 32, False), (5, 32, True), (6, 16, False)]
 
 
 def example(bits: int, group: int, affine: bool, shape: tuple[int, int] = (6, 64)) -> tuple[QArray, np.ndarray]:
     rng = np.random.default_rng(bits + group + affine)
-    low, high = (0, 16) if affine and bits == 4 else (-8, 8) if bits == 4 else (-128, 128)
+    low, high = (0, 1 << bits) if affine and bits < 8 else (-(1 << (bits - 1)), 1 << (bits - 1))
     codes = rng.integers(low, high, shape).astype(np.int8)
     scales = rng.normal(size=(shape[0], shape[1] // group)).astype(np.float16)
     mins = rng.normal(size=scales.shape).astype(np.float16) if affine else None

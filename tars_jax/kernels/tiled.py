@@ -14,10 +14,13 @@ from flax import struct
 
 from tars_jax.errors import InvalidRequest
 from tars_jax.kernels import library
-from tars_jax.quant import NIBBLE_OFFSET, QArray
+from tars_jax.quant import QArray
 
 LANES, GROUP = 16, 32  # outputs of a tile, inputs of a block
 CODE_OFFSET = 128  # 8-bit codes are stored unsigned
+# Bits, group and whether there are minima, as ggml's types combine them; any other combination takes more code, but no file has it.
+LAYOUTS = {(bits, group, affine) for bits in (4, 8) for group in (16, 32) for affine in (False, True)}
+LAYOUTS |= {(5, 32, False), (5, 32, True), (6, 16, False)}
 
 Kind = Literal["affine", "symmetric", "dense"]
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -52,7 +55,7 @@ def can_pack(w: Any) -> bool:
     """Whether `pack_tiles` takes this weight."""
     if isinstance(w, QArray):
         scales = str(w.scales.dtype) in ("float16", "float32") and (w.mins is None or w.mins.dtype == w.scales.dtype)
-        return len(w.shape) == 2 and scales and w.bits in (4, 8) and w.group in (16, 32)
+        return len(w.shape) == 2 and scales and (w.bits, w.group, w.mins is not None) in LAYOUTS
     return getattr(w, "ndim", 0) == 2 and str(getattr(w, "dtype", "")) in DTYPES
 
 
@@ -83,9 +86,13 @@ def untile(w: Tiled) -> jax.Array:
     if bits == 8:
         quads = codes.astype(jnp.int32) - CODE_OFFSET
     else:  # low nibbles, then high ones, per weight group
-        codes = codes.reshape(tiles, -1, halves, group // 8, LANES, 4)
-        quads = jnp.concatenate([codes & 15, codes >> 4], axis=3).astype(jnp.int32)
-        quads = quads.reshape(tiles, -1, GROUP // 4, LANES, 4) - (NIBBLE_OFFSET if w.kind == "symmetric" else 0)
+        nibbles = codes[:, :, :4].reshape(tiles, -1, halves, group // 8, LANES, 4)
+        quads = jnp.concatenate([nibbles & 15, nibbles >> 4], axis=3).astype(jnp.int32).reshape(tiles, -1, GROUP // 4, LANES, 4)
+        if bits > 4:  # then the bits above: one or two of every quad, the first quad's lowest
+            shifts = jnp.arange(0, 8, bits - 4, dtype=jnp.uint8).reshape(1, 1, 1, -1, 1, 1)
+            above = (codes[:, :, 4:, None] >> shifts) & ((1 << (bits - 4)) - 1)
+            quads = quads + (above.reshape(quads.shape).astype(jnp.int32) << 4)
+        quads = quads - ((1 << (bits - 1)) if w.kind == "symmetric" else 0)
     values = quads.astype(jnp.float32).reshape(tiles, -1, halves, group // 4, LANES, 4)
     numbers = _floats(blocks[..., code_bytes:], w.dtype).reshape(tiles, blocks.shape[1], -1, halves, 1, LANES, 1)
     values = values * numbers[:, :, 0]

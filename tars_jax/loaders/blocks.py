@@ -29,7 +29,7 @@ class Blocks:
     scales: np.ndarray  # [..., K // group]; float16 where the file holds these very numbers, else float32
     mins: np.ndarray | None  # added; dtype and shape of scales
     group: int  # 16 or 32 weights
-    bits: int  # 4: codes are 0..15 with mins, -8..7 without; 8: any int8
+    bits: int  # what a code needs, 4, 5, 6 or 8; below 8 codes are 0..2^bits - 1 with mins, else signed
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -169,14 +169,14 @@ TYPES: dict[int, BlockType] = {
     1: _dense("F16", np.dtype("<f2")),
     2: BlockType("Q4_0", 32, 18, unpack=_q4_0, bits=4, scale_dtype=_HALF),
     3: BlockType("Q4_1", 32, 20, unpack=_q4_1, bits=4, affine=True, scale_dtype=_HALF),
-    6: BlockType("Q5_0", 32, 22, unpack=_q5_0, scale_dtype=_HALF),
-    7: BlockType("Q5_1", 32, 24, unpack=_q5_1, affine=True, scale_dtype=_HALF),
+    6: BlockType("Q5_0", 32, 22, unpack=_q5_0, bits=5, scale_dtype=_HALF),
+    7: BlockType("Q5_1", 32, 24, unpack=_q5_1, bits=5, affine=True, scale_dtype=_HALF),
     8: BlockType("Q8_0", 32, 34, unpack=_q8_0, scale_dtype=_HALF),
     10: BlockType("Q2_K", 256, 84, unpack=_q2_k, group=16, bits=4, affine=True),
     11: BlockType("Q3_K", 256, 110, unpack=_q3_k, group=16, bits=4),
     12: BlockType("Q4_K", 256, 144, unpack=_q4_k, bits=4, affine=True),
-    13: BlockType("Q5_K", 256, 176, unpack=_q5_k, affine=True),
-    14: BlockType("Q6_K", 256, 210, unpack=_q6_k, group=16),
+    13: BlockType("Q5_K", 256, 176, unpack=_q5_k, bits=5, affine=True),
+    14: BlockType("Q6_K", 256, 210, unpack=_q6_k, group=16, bits=6),
     16: BlockType("IQ2_XXS", 256, 66, unpack=codebooks.iq2_xxs),
     17: BlockType("IQ2_XS", 256, 74, unpack=codebooks.iq2_xs, group=16),
     18: BlockType("IQ3_XXS", 256, 98, unpack=codebooks.iq3_xxs),

@@ -278,6 +278,24 @@ TARS_INLINE Floats sums16(const Floats* x) {
   }
   __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
   return {{(FloatPart)all}};
+#elif defined(__AVX2__)
+  Floats out;
+  for (int g = 0; g < 2; ++g) {  // of the first and the last 8 vectors
+    __m256 two[2][2];            // [vectors 0-3, 4-7][part]: sums of 4 in each 128 bits
+    for (int q = 0; q < 2; ++q) {
+      const Floats* y = x + 8 * g + 4 * q;
+      TARS_EACH_PART(i) {
+        const __m256 a = (__m256)y[0].part[i], b = (__m256)y[1].part[i], c = (__m256)y[2].part[i], d = (__m256)y[3].part[i];
+        const __m256d ab = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));  // a0+a2, b0+b2, a1+a3, b1+b3
+        const __m256d cd = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+        two[q][i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+      }
+    }
+    __m256 eight[kParts];
+    TARS_EACH_PART(i) eight[i] = _mm256_add_ps(_mm256_permute2f128_ps(two[0][i], two[1][i], 0x20), _mm256_permute2f128_ps(two[0][i], two[1][i], 0x31));
+    out.part[g] = (FloatPart)_mm256_add_ps(eight[0], eight[1]);
+  }
+  return out;
 #else
   float out[kLanes];
   for (int i = 0; i < kLanes; ++i) out[i] = sum(x[i]);

@@ -20,9 +20,10 @@ inline int64_t size_of(DType type) { return type == DType::kF32 ? 4 : 2; }
 // bits 4 or 8: a block is one group of 32 inputs: codes, then scales, then minima. Codes are vectors of 16 outputs x 4 inputs; with 4
 //   bits a vector holds one quad in its low nibbles and another quad of the same group in its high ones. 8-bit codes are stored + 128.
 //   Scales and minima are [32 / group][16]. Inputs are padded to 32 with zero scales.
+// bits 5 or 6: nibbles as with 4 bits, then one or two vectors with the bits above them, quad by quad from the lowest.
 // bits 16 or 32: a block is two inputs: bfloat16 as 16 pairs (one `vdpbf16ps` operand), float16 and float32 as [2][16].
 struct Format {
-  int64_t bits;
+  int64_t bits;      // 4, 5, 6 or 8; 16 or 32 when dense
   int64_t group;   // 16 or 32; 0 when dense
   int64_t affine;  // 1: minima follow the scales
   DType dtype;     // of the scales and minima, or of the elements when dense
@@ -42,6 +43,13 @@ struct Format {
 // four bytes of a GGUF Q4 group are one lane of a vector.
 constexpr int low_quad(int group, int v) { return group == 32 ? v : (v / 2) * 4 + v % 2; }
 constexpr int high_quad(int group, int v) { return low_quad(group, v) + (group == 32 ? 4 : 2); }
+constexpr int kNibbleVectors = kGroup / 8;
+
+// Where the bits above a quad's nibbles are, of codes of 5 or 6 bits: in which vector, and how far up in its bytes.
+struct Above {
+  int vector, shift;
+};
+constexpr Above above(int bits, int quad) { return {quad * (bits - 4) / 8, quad * (bits - 4) % 8}; }
 
 // One activation row's group: codes with a scale, and sums of the codes for what is constant in a weight group (minima, code offsets).
 struct ActivationGroup {

@@ -23,6 +23,22 @@ void pack_scales(const Format& f, const uint8_t* source, int64_t first_row, int6
   }
 }
 
+// Codes of 5 or 6 bits, a byte each in the source: nibbles, then the bits above them.
+void pack_split(const Format& f, const uint8_t* codes, int64_t first_row, int64_t rows, int64_t block, uint8_t* out) {
+  const int bits = static_cast<int>(f.bits), group = static_cast<int>(f.group);
+  const uint32_t every = 0x01010101, mask = ((1u << bits) - 1) * every, sign = f.affine ? 0 : (1u << (bits - 1)) * every;
+  const int64_t quads = std::min<int64_t>(kGroup, f.inputs - block * kGroup) / kQuad;
+  for (int64_t o = 0; o < rows; ++o) {
+    uint32_t quad[kGroup / kQuad] = {}, vectors[kNibbleVectors + 2] = {};
+    std::memcpy(quad, codes + (first_row + o) * f.inputs + block * kGroup, quads * kQuad);
+    for (int q = 0; q < quads; ++q) quad[q] = (quad[q] ^ sign) & mask;
+    for (int v = 0; v < kNibbleVectors; ++v)
+      vectors[v] = (quad[low_quad(group, v)] & 0x0f0f0f0f) | (quad[high_quad(group, v)] & 0x0f0f0f0f) << 4;
+    for (int q = 0; q < quads; ++q) vectors[kNibbleVectors + above(bits, q).vector] |= (quad[q] >> 4 & 0x0f0f0f0f) << above(bits, q).shift;
+    for (int v = 0; v < bits; ++v) std::memcpy(out + v * 64 + o * 4, &vectors[v], 4);
+  }
+}
+
 void pack_codes(const Format& f, const uint8_t* codes, int64_t first_row, int64_t rows, int64_t block, uint8_t* out) {
   const int64_t row_bytes = f.inputs * f.bits / 8, block_bytes = kGroup * f.bits / 8;
   const int64_t bytes = std::min(block_bytes, row_bytes - block * block_bytes);
@@ -41,7 +57,7 @@ void pack_quantized(const Format& f, const Source& s, int64_t tile, uint8_t* out
   const int64_t first = tile * kLanes, rows = std::min<int64_t>(kLanes, f.outputs - first);
   if (rows < kLanes || f.inputs % kGroup) std::memset(out, 0, f.tile_bytes());
   for (int64_t b = 0; b < f.blocks(); ++b, out += f.block_bytes()) {
-    pack_codes(f, s.codes, first, rows, b, out);
+    (f.bits == 4 || f.bits == 8 ? pack_codes : pack_split)(f, s.codes, first, rows, b, out);
     pack_scales(f, s.scales, first, rows, b, out + f.code_bytes());
     if (f.affine) pack_scales(f, s.mins, first, rows, b, out + f.code_bytes() + f.scale_bytes());
   }
@@ -73,13 +89,18 @@ float half_to_float(uint16_t bits) {
 int code_at(const Format& f, const uint8_t* block, int64_t lane, int64_t k) {
   const int64_t quad = k / kQuad;
   if (f.bits == 8) return block[quad * 64 + lane * 4 + k % kQuad] - 128;
-  for (int v = 0; v < kGroup / 8; ++v) {
+  const int bits = static_cast<int>(f.bits), group = static_cast<int>(f.group);
+  int code = f.affine ? 0 : -(1 << (bits - 1));
+  for (int v = 0; v < kNibbleVectors; ++v) {
     const uint8_t byte = block[v * 64 + lane * 4 + k % kQuad];
-    const int g = static_cast<int>(f.group);
-    if (low_quad(g, v) == quad) return (byte & 15) - (f.affine ? 0 : 8);
-    if (high_quad(g, v) == quad) return (byte >> 4) - (f.affine ? 0 : 8);
+    if (low_quad(group, v) == quad) code += byte & 15;
+    if (high_quad(group, v) == quad) code += byte >> 4;
   }
-  return 0;
+  if (bits > 4) {
+    const Above at = above(bits, static_cast<int>(quad));
+    code += (block[(kNibbleVectors + at.vector) * 64 + lane * 4 + k % kQuad] >> at.shift & ((1 << (bits - 4)) - 1)) << 4;
+  }
+  return code;
 }
 
 }  // namespace

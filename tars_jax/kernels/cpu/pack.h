@@ -5,7 +5,7 @@
 namespace tars {
 
 struct Source {
-  const uint8_t* codes;  // [outputs, inputs * bits / 8] codes as in a QArray (8-bit ones signed), or dense elements
+  const uint8_t* codes;  // codes as in a QArray, two a byte if they have 4 bits, else one; or dense elements
   const uint8_t* scales;
   const uint8_t* mins;
 };

@@ -53,18 +53,21 @@ TARS_INLINE Ints splat(int32_t x) {
   TARS_EACH_PART(i) r.part[i] = x - IntPart{};
   return r;
 }
-TARS_INLINE Floats load(const float* p) {
-  Floats r;
-  std::memcpy(&r, p, sizeof r);
+// Part by part: of 64 bytes at once GCC makes copies in quarters through the stack, which then stall every load from it.
+template <class V>
+TARS_INLINE V load_parts(const void* p) {
+  V r;
+  TARS_EACH_PART(i) std::memcpy(&r.part[i], static_cast<const char*>(p) + i * TARS_VECTOR_BYTES, TARS_VECTOR_BYTES);
   return r;
 }
-TARS_INLINE Ints load_ints(const void* p) {
-  Ints r;
-  std::memcpy(&r, p, sizeof r);
-  return r;
+template <class V>
+TARS_INLINE void store_parts(void* p, const V& a) {
+  TARS_EACH_PART(i) std::memcpy(static_cast<char*>(p) + i * TARS_VECTOR_BYTES, &a.part[i], TARS_VECTOR_BYTES);
 }
-TARS_INLINE void store(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
-TARS_INLINE void store(int32_t* p, Ints a) { std::memcpy(p, &a, sizeof a); }
+TARS_INLINE Floats load(const float* p) { return load_parts<Floats>(p); }
+TARS_INLINE Ints load_ints(const void* p) { return load_parts<Ints>(p); }
+TARS_INLINE void store(float* p, Floats a) { store_parts(p, a); }
+TARS_INLINE void store(int32_t* p, Ints a) { store_parts(p, a); }
 
 #define TARS_BINARY(V, op)                                   \
   TARS_INLINE V operator op(V a, V b) {                      \
@@ -105,6 +108,10 @@ TARS_INLINE Ints shift_right(Ints a) {  // arithmetic
   TARS_EACH_PART(i) a.part[i] = a.part[i] >> N;
   return a;
 }
+TARS_INLINE Ints shift(Ints a, int left) {  // arithmetic; to the right if negative
+  TARS_EACH_PART(i) a.part[i] = left >= 0 ? a.part[i] << left : a.part[i] >> -left;
+  return a;
+}
 TARS_INLINE Floats to_floats(Ints a) {
   Floats r;
   TARS_EACH_PART(i) r.part[i] = __builtin_convertvector(a.part[i], FloatPart);
@@ -112,12 +119,12 @@ TARS_INLINE Floats to_floats(Ints a) {
 }
 TARS_INLINE Floats as_floats(Ints a) {
   Floats r;
-  std::memcpy(&r, &a, sizeof r);
+  TARS_EACH_PART(i) r.part[i] = (FloatPart)a.part[i];
   return r;
 }
 TARS_INLINE Ints as_ints(Floats a) {
   Ints r;
-  std::memcpy(&r, &a, sizeof r);
+  TARS_EACH_PART(i) r.part[i] = (IntPart)a.part[i];
   return r;
 }
 // Lanes of -1 where a < b, else 0; a NaN compares false.
@@ -164,6 +171,15 @@ TARS_INLINE float sum(Floats a) {
   x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
   x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
   return _mm512_cvtss_f32(x);
+#elif defined(__AVX2__)
+  float pair[kParts];
+  TARS_EACH_PART(i) {
+    __m256 x = (__m256)a.part[i];
+    x = _mm256_add_ps(x, _mm256_permute_ps(x, 0x4e));
+    x = _mm256_add_ps(x, _mm256_permute_ps(x, 0xb1));
+    pair[i] = _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
+  return pair[0] + pair[1];
 #else
   float x[kLanes];
   store(x, a);
@@ -173,6 +189,11 @@ TARS_INLINE float sum(Floats a) {
 TARS_INLINE int32_t sum(Ints a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)a.part[0]);
+#elif defined(__AVX2__)
+  const __m256i both = _mm256_add_epi32((__m256i)a.part[0], (__m256i)a.part[1]);
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
 #else
   int32_t x[kLanes], total = 0;
   store(x, a);
@@ -183,28 +204,45 @@ TARS_INLINE int32_t sum(Ints a) {
 TARS_INLINE float max_of(Floats a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)a.part[0]);
-#endif
+#elif defined(__AVX2__)
+  const __m256 both = _mm256_max_ps((__m256)a.part[0], (__m256)a.part[1]);
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  x = _mm_max_ps(x, _mm_permute_ps(x, 0x4e));
+  return _mm_cvtss_f32(_mm_max_ps(x, _mm_permute_ps(x, 0xb1)));
+#else
   float x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
   return x[0];
+#endif
 }
 TARS_INLINE int32_t max_of(Ints a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epi32((__m512i)a.part[0]);
-#endif
+#elif defined(__AVX2__)
+  const __m256i both = _mm256_max_epi32((__m256i)a.part[0], (__m256i)a.part[1]);
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+#else
   int32_t x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
   return x[0];
+#endif
 }
 
 // The low byte of each lane.
 TARS_INLINE void store_bytes(int8_t* p, Ints a) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)a.part[0]));
+#elif defined(__AVX2__)
+  const Ints bytes = a & splat(255);
+  const __m256i halves = _mm256_packus_epi32((__m256i)bytes.part[0], (__m256i)bytes.part[1]);  // of both parts, 4 and 4
+  const __m256i in_order = _mm256_permute4x64_epi64(halves, 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
 #else
   int32_t x[kLanes];
   store(x, a);
