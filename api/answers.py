@@ -9,43 +9,47 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from api.callers import Terms
 from api.durations import nanoseconds, timestamp
 from api.models import Loaded, Models
-from api.options import Options, check_top_logprobs, merge_options
+from api.options import check_top_logprobs, merge_options
 from api.outputs import outputs
 from api.prompts import Prompt, chat_prompt, generate_prompt
 from api.schema import ChatRequest, GenerateRequest, grammar
 from api.splitting import Piece, Splitter
 from tars_jax.chat import ToolCall
+from tars_jax.config import SamplingParams
 from tars_jax.engine.request import Output, TokenLogprob, Usage
-from tars_jax.errors import InvalidRequest, ModelNotFound
+from tars_jax.errors import DeadlineExceeded, InvalidRequest, ModelNotFound
 
 Chunk = dict[str, Any]
 AnyRequest = GenerateRequest | ChatRequest
+T = TypeVar("T")
 R = TypeVar("R", GenerateRequest, ChatRequest)
 
 
-async def generate_chunks(models: Models, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-    """POST /api/generate. Errors before the first chunk are raised with their HTTP status, as those after it."""
+async def generate_chunks(models: Models, request: GenerateRequest, client: str = "") -> AsyncGenerator[Chunk, None]:
+    """POST /api/generate, of one of the clients that share the engine. Errors before the first chunk are raised with their HTTP
+    status, as those after it."""
     check_top_logprobs(request.top_logprobs)
     if not request.model:
         raise ModelNotFound("model '' not found")
     if request.raw and (request.template or request.system or request.context):
         raise InvalidRequest("raw mode does not support template, system, or context")
-    async with contextlib.aclosing(_chunks(models, request, not request.prompt, generate_prompt)) as chunks:
+    async with contextlib.aclosing(_chunks(models, request, client, not request.prompt, generate_prompt)) as chunks:
         async for chunk in chunks:
             yield chunk
 
 
-async def chat_chunks(models: Models, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
-    """POST /api/chat. Errors as with `generate_chunks`."""
+async def chat_chunks(models: Models, request: ChatRequest, client: str = "") -> AsyncGenerator[Chunk, None]:
+    """POST /api/chat. Clients and errors as with `generate_chunks`."""
     check_top_logprobs(request.top_logprobs)
     if not request.model:
         raise InvalidRequest("model is required")
-    async with contextlib.aclosing(_chunks(models, request, not request.messages, chat_prompt)) as chunks:
+    async with contextlib.aclosing(_chunks(models, request, client, not request.messages, chat_prompt)) as chunks:
         async for chunk in chunks:
             yield chunk
 
@@ -72,7 +76,9 @@ def _joined(whole: Chunk, chunk: Chunk) -> Chunk:
     return joined
 
 
-async def _chunks(models: Models, request: R, is_empty: bool, make_prompt: Callable[[Loaded, R], Prompt]) -> AsyncGenerator[Chunk, None]:
+async def _chunks(
+    models: Models, request: R, client: str, is_empty: bool, make_prompt: Callable[[Loaded, R], Prompt]
+) -> AsyncGenerator[Chunk, None]:
     """What both endpoints do; an empty request only loads, or unloads, the model."""
     started = time.monotonic()
     stored = models.store.find(request.model)
@@ -84,7 +90,10 @@ async def _chunks(models: Models, request: R, is_empty: bool, make_prompt: Calla
     options = merge_options(
         request.options, stored.params, grammar=grammar(request.format), logprobs=request.logprobs, top_logprobs=request.top_logprobs
     )
-    async with models.use(request.model, num_ctx=options.num_ctx, keep_alive=request.keep_alive) as loaded:
+    terms = Terms(client, options.priority, None if options.timeout is None else started + options.timeout)
+    async with contextlib.AsyncExitStack() as stack:
+        use = models.use(request.model, num_ctx=options.num_ctx, keep_alive=request.keep_alive)
+        loaded = await _before(terms.deadline, stack.enter_async_context(use))
         load_seconds = time.monotonic() - started
         if is_empty:
             yield _chunk(request, Piece(), done=True, done_reason="load")
@@ -94,9 +103,18 @@ async def _chunks(models: Models, request: R, is_empty: bool, make_prompt: Calla
             yield {"model": request.model, "created_at": timestamp(), "_debug_info": {"rendered_template": prompt.text, "image_count": 0}}
             return
         answer = _Answer(request, loaded, prompt, started, load_seconds)
-        async with contextlib.aclosing(answer.chunks(models, options)) as chunks:
+        async with contextlib.aclosing(answer.chunks(models, options.sampling, terms)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+
+async def _before(deadline: float | None, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled at the deadline (`time.monotonic`): then `DeadlineExceeded`."""
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            return await work
+    except TimeoutError:
+        raise DeadlineExceeded("the request's time ended while its model was loading; give it more, or load the model first") from None
 
 
 def _check_support(request: AnyRequest, full_name: str) -> None:
@@ -137,9 +155,9 @@ class _Answer:
         self._ids: list[int] = []
         self._calls = 0
 
-    async def chunks(self, models: Models, options: Options) -> AsyncGenerator[Chunk, None]:
+    async def chunks(self, models: Models, sampling: SamplingParams, terms: Terms) -> AsyncGenerator[Chunk, None]:
         pending: list[Chunk] = []  # logprobs of tokens whose text is still held back
-        async with contextlib.aclosing(outputs(models, self._loaded, self._prompt, options.sampling)) as stream:
+        async with contextlib.aclosing(outputs(models, self._loaded, self._prompt, sampling, terms)) as stream:
             async for output in stream:
                 self._ids += output.token_ids
                 pending += map(self._logprob, output.logprobs)

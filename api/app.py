@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api import ollama
 from api.middleware import AccessMiddleware, HostMiddleware, OriginMiddleware
@@ -49,6 +50,7 @@ def create_app(
     app = Starlette(
         routes=[_route(path, methods, handler) for path, methods, handler in ROUTES],
         middleware=[
+            Middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies)),
             Middleware(AccessMiddleware),
             Middleware(HostMiddleware, is_loopback=settings.address.is_loopback),
             Middleware(OriginMiddleware, origins=settings.origins),

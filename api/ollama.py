@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from api import catalog
 from api.answers import AnyRequest, chat_chunks, collect, generate_chunks
+from api.callers import client_key, header_options
 from api.decode import decode
 from api.models import Models
 from api.schema import ChatRequest, CopyRequest, DeleteRequest, GenerateRequest, PullRequest, ShowRequest
@@ -20,6 +22,7 @@ from tars_jax.store import ModelName
 __all__ = ["VERSION", "chat_chunks", "collect", "endpoint", "generate_chunks"]
 
 T = TypeVar("T")
+R = TypeVar("R", GenerateRequest, ChatRequest)
 Chunk = dict[str, Any]
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -53,14 +56,14 @@ async def version(request: Request) -> Response:
 
 async def generate(request: Request) -> Response:
     """POST /api/generate"""
-    body = await _body(GenerateRequest, request)
-    return await _answer(request, body, not body.prompt, generate_chunks(_models(request), body))
+    body = _with_headers(await _body(GenerateRequest, request), request)
+    return await _answer(request, body, not body.prompt, generate_chunks(_models(request), body, client_key(request)))
 
 
 async def chat(request: Request) -> Response:
     """POST /api/chat"""
-    body = await _body(ChatRequest, request)
-    return await _answer(request, body, not body.messages, chat_chunks(_models(request), body))
+    body = _with_headers(await _body(ChatRequest, request), request)
+    return await _answer(request, body, not body.messages, chat_chunks(_models(request), body, client_key(request)))
 
 
 async def tags(request: Request) -> Response:
@@ -147,6 +150,11 @@ def _models(request: Request) -> Models:
 
 async def _body(kind: type[T], request: Request) -> T:
     return decode(kind, await read_body(request, MAX_BODY))
+
+
+def _with_headers(body: R, request: Request) -> R:
+    """The body with the options that headers carry over its own."""
+    return dataclasses.replace(body, options={**body.options, **header_options(request)})
 
 
 async def _answer(request: Request, body: AnyRequest, is_load: bool, chunks: AsyncGenerator[Chunk, None]) -> Response:

@@ -60,13 +60,17 @@ _OPTIONS: Mapping[str, tuple[str, str, _Clamp]] = {  # option: (type, SamplingPa
     "stop": ("array", "stop", lambda strings: strings),
 }
 
+_OTHERS: Mapping[str, str] = {"num_ctx": "integer", "priority": "integer", "timeout": "float32"}  # what is not about sampling: type
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The merged options of a request: how to sample, and how the model must be loaded."""
+    """The merged options of a request: how to sample, how the model must be loaded, how long it may take."""
 
     sampling: SamplingParams
     num_ctx: int | None = None  # tokens; None: the server's default
+    priority: int = 0  # lower is served first
+    timeout: float | None = None  # seconds from arrival to the end of the answer; None: as long as it takes
 
 
 def merge_options(
@@ -84,10 +88,12 @@ def merge_options(
         InvalidRequest: a value no sampler can use.
     """
     merged = {**_known(model), **_known(request)}
-    num_ctx = merged.pop("num_ctx", None)
+    num_ctx, priority, timeout = merged.pop("num_ctx", None), merged.pop("priority", 0), merged.pop("timeout", None)
+    if timeout is not None and timeout <= 0:
+        raise InvalidRequest(f"timeout must be a number of seconds above 0, got {timeout}")
     fields = {_OPTIONS[name][1]: _OPTIONS[name][2](value) for name, value in merged.items()}
     sampling = SamplingParams(**fields, grammar=grammar, logprobs=logprobs, top_logprobs=top_logprobs)
-    return Options(sampling, None if num_ctx is None or num_ctx <= 0 else max(num_ctx, 4))
+    return Options(sampling, None if num_ctx is None or num_ctx <= 0 else max(num_ctx, 4), priority, timeout)
 
 
 def check_top_logprobs(count: int) -> None:
@@ -99,7 +105,7 @@ def _known(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that have an effect here, with checked types."""
     values = {}
     for name, value in options.items():
-        kind = "integer" if name == "num_ctx" else _OPTIONS[name][0] if name in _OPTIONS else None
+        kind = _OPTIONS[name][0] if name in _OPTIONS else _OTHERS.get(name)
         if kind is None:
             if name not in _IGNORED:
                 log.warning("invalid option provided: %r", name)

@@ -5,12 +5,13 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
+from api.callers import Terms
 from api.models import Loaded, Models
 from api.prompts import Prompt
 from api.repeats import Outputs, remembered
 from tars_jax.config import SamplingParams
 from tars_jax.engine.request import Output, Request, Usage, new_request_id
-from tars_jax.errors import TarsError
+from tars_jax.errors import DeadlineExceeded, TarsError
 
 if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
@@ -22,33 +23,34 @@ class CancelledByEngineError(TarsError):
     status = 499
 
 
-def outputs(models: Models, loaded: Loaded, prompt: Prompt, params: SamplingParams) -> Outputs:
+def outputs(models: Models, loaded: Loaded, prompt: Prompt, params: SamplingParams, terms: Terms) -> Outputs:
     """The outputs of an answer. A model that thinks first does so freely: a grammar holds for what it says afterwards.
 
     Raises while iterating:
         ContextOverflow, InvalidRequest, ServerBusy: the engine refuses the prompt.
+        DeadlineExceeded: its time ended before the first token.
         TarsError: the engine failed.
     """
     if params.grammar and prompt.opens_thinking:
-        return _thinking_first(models, loaded, prompt.ids, params)
-    return _run(models, loaded, prompt.ids, params)
+        return _thinking_first(models, loaded, prompt.ids, params, terms)
+    return _run(models, loaded, prompt.ids, params, terms)
 
 
-async def _thinking_first(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams) -> Outputs:
+async def _thinking_first(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams, terms: Terms) -> Outputs:
     """Two requests: the trace without the grammar, then the answer after it with the grammar."""
     tokenizer, trace = loaded.model.tokenizer, list[int]()
     free = dataclasses.replace(params, grammar=None, stop=("</think>",))
-    async with contextlib.aclosing(_run(models, loaded, ids, free)) as thinking:
+    async with contextlib.aclosing(_run(models, loaded, ids, free, terms)) as thinking:
         async for first in thinking:
             trace += first.token_ids
-            if first.finish_reason in (None, "length"):
+            if first.finish_reason != "stop":
                 yield first
-    if first.finish_reason == "length":
+    if first.finish_reason != "stop":
         return
     end = [] if "</think>" in tokenizer.decode(trace) else tokenizer.encode("</think>", parse_special=True)
     yield Output(text=first.text + "</think>", token_ids=tuple(end))
     rest = None if params.max_tokens is None else max(0, params.max_tokens - len(trace))
-    answer = _run(models, loaded, (*ids, *trace, *end), dataclasses.replace(params, max_tokens=rest))
+    answer = _run(models, loaded, (*ids, *trace, *end), dataclasses.replace(params, max_tokens=rest), terms)
     async with contextlib.aclosing(answer) as answering:
         async for output in answering:
             yield dataclasses.replace(output, usage=_sum(first.usage, output.usage))
@@ -65,12 +67,12 @@ def _sum(first: Usage | None, second: Usage | None) -> Usage | None:
     )
 
 
-def _run(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams) -> Outputs:
+def _run(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams, terms: Terms) -> Outputs:
     """The outputs of one request, computed or known."""
-    return remembered(models, loaded, ids, params, "", lambda: _computed(models, loaded, ids, params))
+    return remembered(models, loaded, ids, params, terms.client, lambda: _computed(models, loaded, ids, params, terms))
 
 
-async def _computed(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams) -> Outputs:
+async def _computed(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams, terms: Terms) -> Outputs:
     """The outputs of one request, from the engine."""
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Output]()
     recorder = models.telemetry.recorder(loaded.name)
@@ -80,8 +82,8 @@ async def _computed(models: Models, loaded: Loaded, ids: tuple[int, ...], params
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
             loop.call_soon_threadsafe(queue.put_nowait, output)
 
-    request = Request(new_request_id(), ids, params, sink)
-    engine = loaded.engine
+    request = Request(new_request_id(), ids, params, sink, client=terms.client, priority=terms.priority, deadline=terms.deadline)
+    engine, has_begun = loaded.engine, False
     # In a thread: compiling a grammar takes its time. Shielded: a request must not slip in after it was cancelled.
     submitted = asyncio.ensure_future(asyncio.to_thread(engine.submit, request))
     try:
@@ -92,6 +94,11 @@ async def _computed(models: Models, loaded: Loaded, ids: tuple[int, ...], params
                 raise TarsError(output.error or "the engine failed")
             if output.finish_reason == "cancelled":
                 raise CancelledByEngineError("request canceled")
+            if output.finish_reason == "timeout" and not has_begun:
+                raise DeadlineExceeded(
+                    "the request's time ended before its answer began; give it more, or try when the server is less busy"
+                )
+            has_begun = True
             yield output
             if output.finish_reason is not None:
                 return

@@ -100,6 +100,10 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
+def _networks(text: str) -> tuple[str, ...]:
+    return tuple(str(ipaddress.ip_network(item, strict=False)) for item in _list(text))
+
+
 @dataclasses.dataclass(frozen=True)
 class Variable:
     """An environment variable: the `Settings` field it fills, how its text is read, what it means."""
@@ -127,6 +131,7 @@ VARIABLES = (
     Variable(
         "TARS_RESPONSE_CACHE_SHARED", "response_cache_shared", _boolean, "give an answer to other clients than the one it was made for"
     ),
+    Variable("TARS_TRUSTED_PROXIES", "trusted_proxies", _networks, "comma-separated addresses whose X-Forwarded-For is believed"),
     Variable("OLLAMA_DEBUG", "debug", _debug, "0 information, 1 debug"),
     Variable("OLLAMA_NOHISTORY", "no_history", _boolean, "do not keep the prompt history of interactive chats"),
 )
@@ -150,6 +155,7 @@ class Settings:
     response_cache_bytes: int = 100_000_000
     response_cache_ttl: float = 3600.0  # seconds; infinite: forever
     response_cache_shared: bool = False  # between API keys, or addresses of clients without one
+    trusted_proxies: tuple[str, ...] = ()  # addresses and networks
     debug: int = 0
     no_history: bool = False
 

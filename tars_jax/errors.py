@@ -45,6 +45,12 @@ class NotEnoughMemory(TarsError):
     """A model does not fit the memory that is free; the message has the numbers."""
 
 
+class DeadlineExceeded(TarsError):
+    """The time a request had ended before its answer began."""
+
+    status = 504
+
+
 def refuse(faults: list[str], problem: str, kind: type[TarsError] = InvalidRequest) -> None:
     """Raise one error for all faults, if there are any: ``problem: fault; fault; and 3 more``."""
     if faults:

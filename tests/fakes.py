@@ -59,6 +59,7 @@ class FakeModel:
     template: str = TEMPLATE
     delay: float = 0.0  # seconds a token
     error: str = ""  # what the engine fails with after the first token
+    timeout_after: int | None = None  # tokens
     context_length: int = 8192
 
     def __post_init__(self) -> None:
@@ -114,6 +115,9 @@ class FakeEngine:
             time.sleep(self.model.delay)
             if self.is_closed or request.id in self.cancelled:
                 request.sink(Output(finish_reason="cancelled", usage=USAGE))
+                return
+            if count == self.model.timeout_after:
+                request.sink(Output(finish_reason="timeout", usage=USAGE))
                 return
             text = self.model.tokenizer.decode([token_id])
             if text.strip() in request.params.stop:

@@ -136,6 +136,33 @@ def test_closing_without_time_cancels(model: Any) -> None:
         start(engine, "hello", GREEDY)
 
 
+def test_requests_end_when_their_time_does(model: Any) -> None:
+    engine = Engine(model, EngineConfig(max_context=128, max_rows=1, max_step_tokens=32))
+    text(engine, "hello")  # compiled
+    now, outputs = time.monotonic(), [queue.SimpleQueue[Output]() for _ in range(3)]
+    long = SamplingParams(max_tokens=100, temperature=0)
+    for sink, deadline in zip(outputs, (None, now, now + 3600), strict=True):
+        engine.submit(Request(new_request_id(), (1, 2, 3), long, sink.put, deadline=deadline))
+    untimed, late, early = map(finish, outputs)
+    assert [output.finish_reason for output in late] == ["timeout"]  # in the queue
+    assert untimed[-1].finish_reason == early[-1].finish_reason == "length"
+    engine.close()
+
+
+def test_a_deadline_ends_an_answer_under_way(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, CONFIG)
+    sink = queue.SimpleQueue[Output]()
+    clock = time.monotonic
+    engine.submit(Request(new_request_id(), (1, 2, 3), SamplingParams(temperature=0, ignore_eos=True), sink.put, deadline=clock() + 3600))
+    sink.get(timeout=60)
+    monkeypatch.setattr("tars_jax.engine.engine.time.monotonic", lambda: clock() + 3600)
+    done = finish(sink)
+    assert done[-1].finish_reason == "timeout"
+    assert len(done) < 124
+    assert engine.stats().free_pages == engine.stats().num_pages - 1
+    engine.close()
+
+
 def test_a_swap_to_another_structure_compiles_before_it_changes(engine: Engine) -> None:
     expected = text(engine, "hello")
     layers = engine.model.params.layers

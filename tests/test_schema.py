@@ -55,6 +55,8 @@ def test_clients_reach_every_interface_through_loopback() -> None:
         ("OLLAMA_MAX_QUEUE", "many", "max_queue", 512),
         ("OLLAMA_MAX_LOADED_MODELS", "0", "max_loaded_models", 3),
         ("OLLAMA_ORIGINS", "http://a, http://b", "origins", ("http://a", "http://b")),
+        ("TARS_TRUSTED_PROXIES", "10.0.0.1, fd00::/8", "trusted_proxies", ("10.0.0.1/32", "fd00::/8")),
+        ("TARS_TRUSTED_PROXIES", "nginx", "trusted_proxies", ()),
         ("OLLAMA_DEBUG", "true", "debug", 1),
         ("OLLAMA_DEBUG", "2", "debug", 2),
         ("OLLAMA_NOHISTORY", "anything", "no_history", True),

@@ -40,7 +40,9 @@ def serve(
     listener = listen(address)
     address = dataclasses.replace(address, port=listener.getsockname()[1])
     app = create_app(dataclasses.replace(settings, address=address))
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=_GRACE
+    )
     server = uvicorn.Server(config)
     # For a signal before uvicorn has its own handlers, and for the one it raises again when it has shut down.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -21,7 +21,7 @@ from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.idle import IdleWork, Work
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder
-from tars_jax.engine.request import Output, Request, new_request_id
+from tars_jax.engine.request import FinishReason, Output, Request, new_request_id
 from tars_jax.engine.runner import Runner, Weights
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
@@ -311,13 +311,11 @@ class Engine:
         """End the requests whose time is over."""
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             _, request_id = heapq.heappop(self._deadlines)
-            if sequence := self._sequences.get(request_id):
-                sequence.finish("error", error="the request was not finished within its time limit")
-                self._forget(sequence)
+            self._end(request_id, "timeout")
 
-    def _end(self, request_id: int) -> None:
+    def _end(self, request_id: int, reason: FinishReason = "cancelled") -> None:
         if sequence := self._sequences.get(request_id):
-            sequence.finish("cancelled")
+            sequence.finish(reason)
             self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from tars_jax.config import SamplingParams
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 _numbers = itertools.count(1)
 
@@ -67,6 +67,6 @@ class Request:
     sink: Callable[[Output], None]
     client: str = ""  # whose request it is: the fair queue shares the engine between clients
     priority: int = 0  # lower goes first
-    deadline: float | None = None  # seconds, time.monotonic(): the request ends with an error when it has not finished by then
+    deadline: float | None = None  # seconds, time.monotonic(): the request ends with "timeout" when it has not finished by then
     adapters: tuple[tuple[str, float], ...] = ()  # names of `Engine.add_adapter` and their strengths
     created: float = dataclasses.field(default_factory=time.monotonic)
