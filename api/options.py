@@ -45,6 +45,7 @@ _READERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "integer": ("integer", _integer),
     "float32": ("float32", _number),
     "array": ("array", _strings),
+    "bool": ("bool", lambda value: value if isinstance(value, bool) else None),
 }
 _OPTIONS: Mapping[str, tuple[str, str, _Clamp]] = {  # option: (type, SamplingParams field, clamp)
     "num_predict": ("integer", "max_tokens", lambda n: None if n < 0 else n),
@@ -58,6 +59,7 @@ _OPTIONS: Mapping[str, tuple[str, str, _Clamp]] = {  # option: (type, SamplingPa
     "frequency_penalty": ("float32", "frequency_penalty", lambda x: x),
     "repeat_last_n": ("integer", "repeat_last_n", lambda n: max(n, -1)),
     "stop": ("array", "stop", lambda strings: strings),
+    "ignore_eos": ("bool", "ignore_eos", lambda on: on),  # as in llama.cpp and vLLM
 }
 
 _OTHERS: Mapping[str, str] = {"num_ctx": "integer", "priority": "integer", "timeout": "float32"}  # what is not about sampling: type

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from tars_jax.cli import load_test
 from tars_jax.cli.output import note
 from tars_jax.errors import InvalidRequest
 
-COMMANDS: tuple[tuple[str, Callable[..., Any]], ...] = ()  # subcommands: name, function
+COMMANDS: tuple[tuple[str, Callable[..., Any]], ...] = (("serve", load_test.serve),)  # subcommands: name, function
 
 
 def make_group() -> typer.Typer:
