@@ -82,14 +82,17 @@ def serve(
         warmup = min(clients or _DEFAULT_CLIENTS, requests or _DEFAULT_CLIENTS)
     with _server(host, start) as url:
         report = summarize(asyncio.run(_measure(url, workload, warmup, timeout)), limits)
+    errors = [f"{count} x {error}" for error, count in report.errors.items()]
     if as_json:
         print(json.dumps(report.as_json()))
-        return
-    from rich.console import Console
+    elif report.completed:
+        from rich.console import Console
 
-    Console().print(_table(report))
-    for error, count in report.errors.items():
-        note(f"{count} x {error}")
+        Console().print(_table(report))
+        for error in errors:
+            note(error)
+    if not report.completed:
+        raise TarsError(f"no request was answered: {'; '.join(errors)}")
 
 
 async def _measure(url: str, workload: "Workload", warmup: int, timeout: float) -> "list[Exchange]":

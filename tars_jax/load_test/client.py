@@ -5,6 +5,7 @@ The load generator shares the machine with the server, so it does little: it cou
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -44,7 +45,7 @@ class Exchange:
     @property
     def gaps(self) -> list[float]:
         """Seconds between tokens."""
-        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(self.arrivals)]
 
     @property
     def per_token(self) -> float | None:
