@@ -53,7 +53,7 @@ async def _replaying(models: Models, loaded: Loaded, known: Sequence[Output]) ->
     for output in known:
         await asyncio.sleep(0)  # other requests have their turn between the pieces of a long answer
         if output.finish_reason is not None:
-            models.telemetry.finished(loaded.name, output.finish_reason, None)
+            models.telemetry.finished(loaded.name, output.finish_reason)
         yield _replayed(output, time.monotonic() - started)
 
 

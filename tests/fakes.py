@@ -18,6 +18,7 @@ from api.models import Models
 from api.settings import Settings
 from tars_jax.chat import ChatTemplate
 from tars_jax.config import EngineConfig
+from tars_jax.engine.metrics import EngineStats
 from tars_jax.engine.request import Output, Request, TokenLogprob, Usage
 from tars_jax.errors import ContextOverflow
 from tars_jax.store import Store, StoredModel
@@ -78,6 +79,7 @@ class FakeEngine:
         self.cancelled: set[int] = set()
         self.said = 0  # tokens
         self.weights_version = 1
+        self.counted: dict[str, Any] = {}  # further numbers of its stats
         self.is_closed = False
         self._threads: list[threading.Thread] = []
 
@@ -94,7 +96,16 @@ class FakeEngine:
 
     def stats(self) -> Any:
         running = sum(thread.is_alive() for thread in self._threads)
-        return SimpleNamespace(running=running, waiting=0, num_pages=10, free_pages=8, nbytes=1500, weights_version=self.weights_version)
+        return EngineStats(
+            running=running,
+            waiting=0,
+            num_pages=11,
+            free_pages=8,
+            nbytes=1500,
+            weights_version=self.weights_version,
+            compiled_steps=(1, 16),
+            **self.counted,
+        )
 
     def close(self) -> None:
         self.is_closed = True

@@ -19,6 +19,7 @@ from tars_jax import kernels
 from tars_jax.adapters import Adapter, check_fits
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.idle import IdleWork, Work
+from tars_jax.engine.metrics import EngineStats, Meter
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder
 from tars_jax.engine.request import FinishReason, Output, Request, new_request_id
@@ -64,6 +65,7 @@ class Engine:
         self._in_flight: InFlight | None = None
         self._idle: IdleWork | None = None
         self._times = StepTimes()
+        self._meter = Meter()
         self._last_read = 0.0  # seconds, time.perf_counter()
         self._deadlines: list[tuple[float, int]] = []  # a heap, with the requests' ids
         self._current: Plan = ()  # whose step is being sent or read
@@ -72,7 +74,7 @@ class Engine:
         self._max_step_tokens = self.config.max_step_tokens
         self._version = 1
         self._draft = draft
-        self._runner = Runner(model, self.config, draft)
+        self._runner = Runner(model, self.config, draft, observe=self._meter.compiled)
         self._scheduler = self._new_scheduler()
         self._runner.compile_ahead(everything=warm_up)
         folder = Path(self.config.prefix_folder or cache_dir() / "prefixes")
@@ -128,10 +130,12 @@ class Engine:
             nbytes=self._runner.nbytes,
             weights_version=self._version,
             compiled_steps=tuple(self._runner.compiled()),
+            kept_pages=scheduler.pages.num_kept,
+            evicted_pages=scheduler.pages.num_evictions,
             reused_tokens=scheduler.num_reused,
             missed_tokens=scheduler.num_missed,
             preemptions=scheduler.num_preemptions,
-            **self._counters,
+            **{**self._counters, **self._meter.numbers()},
         )
 
     def swap(self, params: Decoder) -> int:
@@ -271,6 +275,7 @@ class Engine:
         self._times.observe(step.bucket, seconds)
         if self._idle:
             self._idle.serve(seconds)
+        self._meter.step(seconds, sum(span.tokens for span in step.plan), len(step.plan))
         self._last_read = now
         self._counters["steps"] += 1
         self._counters["step_rows"] += len(step.plan)

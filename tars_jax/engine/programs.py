@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -24,8 +25,9 @@ def _step_back() -> None:
 class Programs:
     """Compiles ``lower(bucket)``, each bucket once, whoever asks first."""
 
-    def __init__(self, lower: Callable[[int], jax.stages.Lowered]) -> None:
-        self._lower = lower
+    def __init__(self, lower: Callable[[int], jax.stages.Lowered], observe: Callable[[float], None] = lambda _: None) -> None:
+        """``observe`` hears how many seconds a compilation took, from the thread that did it."""
+        self._lower, self._observe = lower, observe
         self._programs: dict[int, Future[Program]] = {}
         self._lock = threading.Lock()
         self._stopped = False
@@ -71,7 +73,9 @@ class Programs:
 
     def _compile(self, bucket: int, future: Future[Program]) -> None:
         try:
+            started = time.perf_counter()
             program = self._lower(bucket).compile()
+            self._observe(time.perf_counter() - started)
             memory.trim()
             future.set_result(program)
         except BaseException as error:

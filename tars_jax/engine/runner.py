@@ -1,6 +1,7 @@
 """The device's part of an engine: weights, KV cache, and the compiled steps that join them."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,11 +37,13 @@ class Weights(NamedTuple):
 class Runner:
     """Runs plans. With a ``draft`` model, its keys and values stand in the same pages as the model's own."""
 
-    def __init__(self, model: Model, config: EngineConfig, draft: Model | None = None) -> None:
-        """``config`` is a resolved one."""
+    def __init__(
+        self, model: Model, config: EngineConfig, draft: Model | None = None, *, observe: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """``config`` is a resolved one. ``observe`` hears the seconds of every compilation."""
         if draft is not None:
             _check_draft(model, draft, config)
-        self._model, self._config, self._draft = model, config, draft
+        self._model, self._config, self._draft, self._observe = model, config, draft, observe
         self._mesh = sharding.make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
         self._state: EngineState
         self.reset()
@@ -137,7 +140,8 @@ class Runner:
         def lower(run: Any, bucket: int, **more: Any) -> jax.stages.Lowered:
             return run.lower(*shapes, batches.empty(bucket), layout=batches.layout(bucket), **fixed, **more)
 
-        steps, drafts = Programs(partial(lower, run_step, mesh=self._mesh)), Programs(partial(lower, run_draft))
+        steps = Programs(partial(lower, run_step, mesh=self._mesh), self._observe)
+        drafts = Programs(partial(lower, run_draft), self._observe)
         return Weights(params, adapters, leaves, tree, batches, steps, drafts)
 
 
