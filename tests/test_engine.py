@@ -234,7 +234,7 @@ def test_a_request_past_its_deadline_ends(engine: Engine) -> None:
     outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
     ids = tuple(engine.model.tokenizer.encode("hello"))
     engine.submit(Request(new_request_id(), ids, GREEDY, outputs.put, deadline=time.monotonic()))
-    assert finish(outputs)[-1].error == "the request was not finished within its time limit"
+    assert finish(outputs)[-1].finish_reason == "timeout"
     assert text(engine, "hello")
 
 
