@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from api.relay import Relay
 from api.settings import Settings
 from api.telemetry import Telemetry
 from tars_jax.config import EngineConfig
@@ -111,6 +112,7 @@ class Models:
         self._load, self._make_engine = load, make_engine
         self._entries: list[Loaded] = []
         self._one_load = asyncio.Lock()
+        self._relay: Relay | None = None
         self._is_closed = False
 
     @contextlib.asynccontextmanager
@@ -132,6 +134,13 @@ class Models:
             yield entry
         finally:
             self._release(entry)
+
+    def relay(self) -> Relay:
+        """What brings outputs to the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._relay is None or self._relay.loop is not loop:
+            self._relay = Relay(loop)
+        return self._relay
 
     def loaded(self) -> list[Loaded]:
         """Models in memory, longest remaining time first."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from api.callers import Terms
 from api.models import Loaded, Models
 from api.prompts import Prompt
+from api.relay import Inbox
 from api.repeats import Outputs, remembered
 from tars_jax.config import SamplingParams
 from tars_jax.engine.request import Output, Request, Usage, new_request_id
@@ -74,13 +75,12 @@ def _run(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingP
 
 async def _computed(models: Models, loaded: Loaded, ids: tuple[int, ...], params: SamplingParams, terms: Terms) -> Outputs:
     """The outputs of one request, from the engine."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Output]()
+    relay, inbox = models.relay(), Inbox()
     recorder = models.telemetry.recorder(loaded.name)
 
     def sink(output: Output) -> None:
         recorder.output(output)
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-            loop.call_soon_threadsafe(queue.put_nowait, output)
+        relay.send(inbox, output)
 
     request = Request(new_request_id(), ids, params, sink, client=terms.client, priority=terms.priority, deadline=terms.deadline)
     engine, has_begun = loaded.engine, False
@@ -89,7 +89,7 @@ async def _computed(models: Models, loaded: Loaded, ids: tuple[int, ...], params
     try:
         await asyncio.shield(submitted)
         while True:
-            output = await queue.get()
+            output = await inbox.get()
             if output.finish_reason == "error":
                 raise TarsError(output.error or "the engine failed")
             if output.finish_reason == "cancelled":

@@ -23,9 +23,12 @@ class ClientGoneError(Exception):
     """Nobody is there to read the answer."""
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make such an encoder for every chunk
+
+
 def dump(value: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
 
 
 class JsonResponse(Response):
