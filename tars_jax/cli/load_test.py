@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,7 @@ def serve(
     warmup: Annotated[int | None, typer.Option(min=0, help="Requests before those that are measured; default one a client.")] = None,
     goodput: Annotated[str, typer.Option(help="Milliseconds a good request keeps to: ttft:500,itl:100 (also tpot, e2e).")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds without a byte after which a request has failed.")] = 600.0,
-    seed: Annotated[int, typer.Option(help="Of lengths, prompts and arrivals.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of lengths, prompts and arrivals; default: drawn, so that no cache knows them.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a server under load: throughput, time to first token, inter-token latency, goodput, errors."""
@@ -75,7 +76,7 @@ def serve(
         api_keys=api_keys,
         temperature=temperature,
         ignore_eos=not may_stop,
-        seed=seed,
+        seed=secrets.randbits(31) if seed is None else seed,
     )
     limits = parse_goodput(goodput)
     if warmup is None:

@@ -99,7 +99,7 @@ class Workload:
         if self.shared_prefix:
             prefix = random.Random(f"{self.seed} prefix {generator.randrange(self.prefixes)}")
             words = _words(prefix, self.shared_prefix / tokens_per_word) + words
-        options = {"num_predict": self.output.sample(generator), "temperature": self.temperature, "seed": generator.getrandbits(31)}
+        options = {"num_predict": self.output.sample(generator), "temperature": self.temperature}
         if self.ignore_eos:
             options["ignore_eos"] = True
         return {"model": self.model, "prompt": " ".join(words), "raw": True, "options": options}

@@ -1,4 +1,4 @@
-"""What the HTTP layer costs: python tests/bench/streaming.py [--streams 64] [--tokens 200] [--step 0.05]
+"""What the HTTP layer costs: python -m tests.bench.streaming [--streams 64] [--tokens 200] [--step 0.05]
 
 Microseconds of processor time per token, of the server's process and of the load generator's, while an engine that computes nothing
 gives every stream a token a step, as a real one does. Time on the clock does not matter, so other work on the machine hardly does.
@@ -15,12 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
-from fakes import FakeEngine, FakeLoader, make_store, serving
-
 from api.app import create_app
 from tars_jax.engine.request import Output, Request, Usage
+from tests.fakes import FakeEngine, FakeLoader, make_store, serving
 
 CLIENT = "from tars_jax.cli import main; main()"
 
@@ -64,10 +61,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = loader.models(make_store(Path(folder)))
         with serving(create_app(models.settings, models)) as url:
-            words = ["bench", "serve", "-m", "fake", "--host", url, "--requests", str(arguments.streams), "--clients", str(arguments.streams)]
-            words += ["--input", "20", "--output", str(arguments.tokens), "--warmup", "2", "--json"]
+            words = f"bench serve -m fake --host {url} --requests {arguments.streams} --clients {arguments.streams}"
+            words += f" --input 20 --output {arguments.tokens} --warmup 2 --json"
             server, client = time.process_time(), _children()
-            result = subprocess.run([sys.executable, "-c", CLIENT, *words], stdout=subprocess.PIPE, check=True)
+            result = subprocess.run([sys.executable, "-c", CLIENT, *words.split()], stdout=subprocess.PIPE, check=True)
             server, client = time.process_time() - server, _children() - client
     report = json.loads(result.stdout)
     tokens = report["output_tokens"]
