@@ -82,7 +82,11 @@ def serve(
     if warmup is None:
         warmup = min(clients or _DEFAULT_CLIENTS, requests or _DEFAULT_CLIENTS)
     with _server(host, start) as url:
-        report = summarize(asyncio.run(_measure(url, workload, warmup, timeout)), limits)
+        results = asyncio.run(_measure(url, workload, warmup, timeout))
+    _show(summarize(results, limits), as_json)
+
+
+def _show(report: "LoadReport", as_json: bool) -> None:
     errors = [f"{count} x {error}" for error, count in report.errors.items()]
     if as_json:
         print(json.dumps(report.as_json()))
