@@ -15,10 +15,10 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from api.models import Loaded
-    from tars_jax.engine.metrics import EngineStats
-    from tars_jax.engine.metrics import Histogram as Counts
     from tars_jax.engine.request import Output, Usage
     from tars_jax.engine.responses import ResponseCache
+    from tars_jax.engine.stats import EngineStats
+    from tars_jax.engine.stats import Histogram as Counts
 
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)

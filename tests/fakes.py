@@ -18,8 +18,8 @@ from api.models import Models
 from api.settings import Settings
 from tars_jax.chat import ChatTemplate
 from tars_jax.config import EngineConfig
-from tars_jax.engine.metrics import EngineStats
 from tars_jax.engine.request import Output, Request, TokenLogprob, Usage
+from tars_jax.engine.stats import EngineStats
 from tars_jax.errors import ContextOverflow
 from tars_jax.store import Store, StoredModel
 

@@ -18,8 +18,8 @@ from api.models import Models
 from api.settings import Settings
 from api.telemetry import Telemetry
 from tars_jax import Engine, EngineConfig, SamplingParams
-from tars_jax.engine.metrics import Distribution, Histogram, Meter
 from tars_jax.engine.request import Output, Usage
+from tars_jax.engine.stats import Distribution, Histogram, Meter
 from tests.tiny import tiny_model
 
 MODEL = "fake:latest"

@@ -19,7 +19,6 @@ from tars_jax import kernels
 from tars_jax.adapters import Adapter, check_fits
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.idle import IdleWork, Work
-from tars_jax.engine.metrics import EngineStats, Meter
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder
 from tars_jax.engine.request import FinishReason, Output, Request, new_request_id
@@ -28,7 +27,7 @@ from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.sizing import resolve
 from tars_jax.engine.speculation import Draft, PromptLookup, Speculation
-from tars_jax.engine.stats import COUNTERS, EngineStats
+from tars_jax.engine.stats import COUNTERS, EngineStats, Meter
 from tars_jax.engine.step import read_row
 from tars_jax.engine.timing import StepTimes
 from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
