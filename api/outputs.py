@@ -64,6 +64,7 @@ def _sum(first: Usage | None, second: Usage | None) -> Usage | None:
     return dataclasses.replace(
         first,
         output_tokens=first.output_tokens + second.output_tokens,
+        from_cache=first.from_cache and second.from_cache,
         decode_seconds=first.decode_seconds + second.queue_seconds + second.prefill_seconds + second.decode_seconds,
     )
 

@@ -204,12 +204,12 @@ def test_a_large_pool_is_not_touched_before_it_is_used(smollm2: Any) -> None:
 def test_a_limit_of_kept_pages_bounds_the_pages_ever_used() -> None:
     pages, used = PageAllocator(100, 2, max_kept=6), set[int]()
     for request in range(50):
-        taken, node = pages.allocate(4), None
+        taken, (_, node) = pages.allocate(4), pages.match([], root=1)
         for place, page in enumerate(taken):
-            node = pages.share(0 if node is None else node, (request, place), page)
+            node = pages.share(node, (request, place), page)
         used |= set(taken)
         pages.free(taken)
         assert pages.num_kept <= 6
     assert len(used) == 6 + 4
     assert pages.num_free == 99
-    assert len(pages.match([49, 0, 49, 1, 49, 2, 49, 3, 0], 0)[0]) == 4  # the last request's pages are there
+    assert len(pages.match([49, 0, 49, 1, 49, 2, 49, 3, 0], root=1)[0]) == 4  # the last request's pages are there

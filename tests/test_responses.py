@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from api.app import create_app
 from api.models import Models
+from api.repeats import Outputs, remembered
 from api.settings import Settings
 from tars_jax.config import SamplingParams
 from tars_jax.engine.request import Output, TokenLogprob, Usage
@@ -157,8 +158,7 @@ class Server:
                     if callable(step):
                         step()
                         continue
-                    headers = {"authorization": f"Bearer {step.pop('key')}"} if "key" in step else {}
-                    response = await client.post("/api/generate", json={"model": "fake", "prompt": "hi", **step}, headers=headers)
+                    response = await client.post("/api/generate", json={"model": "fake", "prompt": "hi", **step})
                     answers.append([json.loads(line) for line in response.text.splitlines()])
                 self.metrics = (await client.get("/metrics")).text
             await self.models.close()
@@ -225,6 +225,27 @@ def test_the_cache_can_be_off(store: Store) -> None:
     server = Server(store, response_cache_bytes=0)
     server.run(ask(), ask())
     assert server.computed == 2
+
+
+@pytest.mark.parametrize(("shared", "computed"), [(False, 2), (True, 1)])
+def test_answers_are_for_the_client_they_were_made_for(store: Store, shared: bool, computed: int) -> None:
+    server = Server(store, response_cache_shared=shared)
+    count = 0
+
+    async def compute() -> Outputs:
+        nonlocal count
+        count += 1
+        for output in answer():
+            yield output
+
+    async def ask_as(*clients: str) -> None:
+        async with server.models.use("fake") as loaded:
+            for client in clients:
+                assert [o.text async for o in remembered(server.models, loaded, (1, 2), GREEDY, client, compute)] == ["x", ""]
+        await server.models.close()
+
+    asyncio.run(ask_as("key:a", "key:b", "key:a"))
+    assert count == computed
 
 
 def test_new_weights_forget_old_answers(store: Store) -> None:

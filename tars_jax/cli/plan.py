@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tars_jax.cli.output import human_bytes, table
+from tars_jax.config import EngineConfig
 from tars_jax.errors import InvalidRequest, ModelNotFound
 
 if TYPE_CHECKING:
-    from tars_jax.config import EngineConfig, ModelConfig
+    from tars_jax.config import ModelConfig
     from tars_jax.planning import Stored
 
 GPUS = (24, 40, 80, 141)  # GB a device has
@@ -21,13 +22,12 @@ def plan(
     model: Annotated[str, typer.Argument(help="Model by name or path, or a preset; without one, all presets are listed.")] = "",
     devices: Annotated[int | None, typer.Option(min=1, help="GPUs that share the model; default 1, 2, 4 and 8.")] = None,
     context: Annotated[int, typer.Option(min=0, help="Tokens of one request; default 4096, or the model's limit.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="Requests at once.")] = EngineConfig.max_rows,
     weights: Annotated[str, typer.Option("--type", help="Type of a preset's weights: BF16, F32, Q8_0, Q4_0, ...")] = "BF16",
     cache_dtype: Annotated[str, typer.Option("--cache", help="Type of the KV cache.")] = "float16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan the memory of a model: weights, KV cache, activations, what fits on how many GPUs."""
-    from tars_jax.config import EngineConfig
     from tars_jax.planning import CACHE_DTYPES
 
     if cache_dtype not in CACHE_DTYPES:
@@ -77,7 +77,7 @@ def _stored(type_name: str, form: Any, dtype: str) -> "Stored":
     return stored_as(kind, form, dtype)
 
 
-def _report(subject: _Subject, engine: "EngineConfig", devices: tuple[int, ...]) -> dict[str, Any]:
+def _report(subject: _Subject, engine: EngineConfig, devices: tuple[int, ...]) -> dict[str, Any]:
     from tars_jax import planning
 
     config, context = subject.config, planning.served_context(subject.config, engine)
@@ -99,7 +99,7 @@ def _report(subject: _Subject, engine: "EngineConfig", devices: tuple[int, ...])
     }
 
 
-def _on_gpus(config: "ModelConfig", stored: "Stored", engine: "EngineConfig", count: int) -> dict[str, Any]:
+def _on_gpus(config: "ModelConfig", stored: "Stored", engine: EngineConfig, count: int) -> dict[str, Any]:
     """What each of several devices needs, and how many requests of a whole context fit at once, by GB of a device."""
     import dataclasses
 
@@ -114,7 +114,7 @@ def _on_gpus(config: "ModelConfig", stored: "Stored", engine: "EngineConfig", co
     return {"weights_bytes": plan.weights, "needed_bytes": plan.total(engine.max_rows * context), "requests": sizes}
 
 
-def _on_this_machine(subject: _Subject, engine: "EngineConfig") -> dict[str, Any]:
+def _on_this_machine(subject: _Subject, engine: EngineConfig) -> dict[str, Any]:
     import jax
 
     from tars_jax import planning
@@ -162,7 +162,7 @@ def _fitting(cell: dict[str, Any], size: str) -> str:
     return "-" if "error" in cell or not cell["requests"][size] else str(cell["requests"][size])
 
 
-def _presets(engine: "EngineConfig") -> list[dict[str, Any]]:
+def _presets(engine: EngineConfig) -> list[dict[str, Any]]:
     from tars_jax import planning
     from tars_jax.presets import load_presets
 

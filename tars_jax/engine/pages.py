@@ -116,7 +116,7 @@ class PageAllocator:
     def restore(self, pages: Sequence[tuple[int, tuple[int, ...]]], root: Hashable) -> list[int]:
         """Page numbers for `kept` ones of another time, as (index of the one before, tokens), as many as there is room for; they are
         kept here too, and have to be filled before anything else is done."""
-        numbers = self.allocate(min(len(pages), self.num_free))
+        numbers = self.allocate(min(len(pages), self.num_free, self._max_kept))
         nodes: list[Node] = []
         for number, (before, tokens) in zip(numbers, pages, strict=False):
             nodes.append(self.share(self._root(root) if before < 0 else nodes[before], tokens, number))

@@ -17,6 +17,7 @@ from tars_jax.config import SamplingParams
 from tars_jax.engine.request import Output
 
 Key = tuple[Hashable, ...]
+_OBJECT = 64  # bytes of an instance without its attributes; `vars` would tell, and make a dictionary of them
 
 
 def is_repeatable(params: SamplingParams) -> bool:
@@ -106,5 +107,6 @@ def _size(value: Any) -> int:
     if isinstance(value, tuple):
         return sys.getsizeof(value) + sum(map(_size, value))
     if dataclasses.is_dataclass(value):
-        return sys.getsizeof(value) + sys.getsizeof(vars(value)) + sum(map(_size, vars(value).values()))
+        values = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return _OBJECT + 16 * len(values) + sum(map(_size, values))
     return sys.getsizeof(value)
