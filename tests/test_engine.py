@@ -120,6 +120,12 @@ def test_memory_that_is_not_enough_for_the_smallest_step_is_an_error(engine: Eng
         text(engine, "hello")
 
 
+def test_an_answer_of_no_tokens_ends_at_once(engine: Engine) -> None:
+    outputs = finish(start(engine, "hello", SamplingParams(max_tokens=0)))
+    assert [output.finish_reason for output in outputs] == ["length"]
+    assert text(engine, "hello")
+
+
 def test_closing_with_time_lets_answers_end(model: Any) -> None:
     engine = Engine(model, CONFIG)
     outputs = start(engine, "hello", GREEDY)

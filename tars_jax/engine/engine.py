@@ -249,7 +249,6 @@ class Engine:
         plan = self._current = self._scheduler.schedule(self._budget())
         dispatched = self._dispatch(plan) if plan else None
         if self._in_flight:
-            self._current = self._in_flight.plan
             self._commit()
         self._in_flight = dispatched
 
@@ -268,6 +267,7 @@ class Engine:
     def _commit(self) -> None:
         assert self._in_flight is not None
         step, self._in_flight = self._in_flight, None
+        self._current = step.plan
         rows = iter(np.asarray(step.out))  # waits for the device
         now = time.perf_counter()
         seconds = now - max(step.sent, self._last_read)
@@ -302,14 +302,13 @@ class Engine:
         except InvalidRequest as error:  # it was removed since the request was checked
             sequence.finish("error", error=str(error))
             return
-        self._sequences[sequence.request.id] = sequence
-        if sequence.request.deadline is not None:
-            heapq.heappush(self._deadlines, (sequence.request.deadline, sequence.request.id))
         if sequence.max_tokens == 0:
             sequence.finish("length")
-            self._forget(sequence)
-        else:
-            self._scheduler.add(sequence)
+            return
+        self._sequences[sequence.request.id] = sequence
+        self._scheduler.add(sequence)
+        if sequence.request.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.request.deadline, sequence.request.id))
 
     def _expire(self) -> None:
         """End the requests whose time is over."""
