@@ -2,6 +2,7 @@
 
 SMOOTHING = 0.2  # weight of the newest measurement
 MIN_TOKENS = 16  # a step is never made smaller for the sake of latency: fewer tokens hardly cost less
+TRIAL = 32  # every so many steps the next larger size is tried: what it takes may have changed, or was only guessed
 SLACK = 2.0  # a step with prompts may take this many times a step without, whatever the target: else prompts would never be read
 
 
@@ -10,6 +11,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._asked = 0
 
     def observe(self, bucket: int, seconds: float) -> None:
         """Learn from a step. One that took far longer than usual counts for no more than four times the usual."""
@@ -25,6 +27,7 @@ class StepTimes:
 
     def budget(self, target: float, decodes: int, most: int) -> int:
         """Tokens of a step, at most ``most``, that keep it within ``target`` seconds beside ``decodes`` rows that decode."""
+        self._asked += 1
         least = max(2 * decodes, MIN_TOKENS)
         alone = 1 << max(decodes - 1, 0).bit_length()
         allowed = max(target, SLACK * self.predict(alone))
@@ -33,4 +36,5 @@ class StepTimes:
             return most
         while budget > least and self.predict(budget) > allowed:
             budget //= 2
-        return min(max(budget, least), most)
+        budget = max(budget, least)
+        return min(budget if self._asked % TRIAL else 2 * budget, most)
