@@ -15,10 +15,9 @@ def test_nothing_is_known_at_first() -> None:
     assert StepTimes().budget(0.1, 4, 512) == 512
 
 
-def test_sizes_not_seen_cost_in_proportion_and_never_less_than_a_smaller_one() -> None:
-    times = measured(b16=0.02)
-    assert times.predict(64) == 0.08
-    assert times.predict(4) == 0.02
+def test_sizes_not_seen_are_guessed_from_their_neighbours() -> None:
+    times = measured(b16=0.02, b32=0.04)
+    assert [times.predict(size) for size in (4, 16, 24, 64)] == [0.02, 0.02, 0.03, 0.08]
 
 
 def test_an_outlier_moves_the_mean_little() -> None:
@@ -34,7 +33,7 @@ def test_the_largest_size_within_the_target_is_chosen() -> None:
 
 
 def test_prompts_are_read_whatever_the_target() -> None:
-    times = measured(b1=1.0, b512=500.0)
+    times = measured(b1=1.0, b32=3.0, b512=500.0)
     assert times.budget(0.1, 1, 512) == MIN_TOKENS
     assert times.budget(0.1, 40, 512) == 80
 

@@ -19,11 +19,15 @@ class StepTimes:
         self._seconds[bucket] = mean + SMOOTHING * (min(seconds, 4 * mean) - mean)
 
     def predict(self, bucket: int) -> float:
-        """Seconds of a step of this bucket; 0 if nothing is known. Sizes not seen yet are taken to cost in proportion to the nearest."""
-        if bucket in self._seconds or not self._seconds:
-            return self._seconds.get(bucket, 0.0)
-        nearest = min(self._seconds, key=lambda known: abs(known.bit_length() - bucket.bit_length()))
-        return self._seconds[nearest] * bucket / nearest if bucket > nearest else self._seconds[nearest]
+        """Seconds of a step of this bucket; 0 if nothing is known. Sizes not seen lie on the line between their neighbours; those above
+        all that were seen cost in proportion, those below as much as the smallest."""
+        below = max((known for known in self._seconds if known <= bucket), default=0)
+        above = min((known for known in self._seconds if known >= bucket), default=0)
+        if not below or not above:
+            nearest = below or above
+            return self._seconds.get(nearest, 0.0) * max(bucket / nearest, 1.0) if nearest else 0.0
+        share = (bucket - below) / (above - below) if above > below else 0.0
+        return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
 
     def budget(self, target: float, decodes: int, most: int) -> int:
         """Tokens of a step, at most ``most``, that keep it within ``target`` seconds beside ``decodes`` rows that decode."""
