@@ -6,6 +6,7 @@ import json
 import math
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -138,11 +139,13 @@ def started_server() -> Iterator[str]:
         TarsError: it does not start, with what it wrote.
     """
     command = [sys.executable, "-c", _SERVE, "serve", "--host", "127.0.0.1", "--port", "0"]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with us however we end
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             yield _address(process, log)
         finally:
             process.terminate()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _address(process: "subprocess.Popen[bytes]", log: IO[str]) -> str:
