@@ -70,6 +70,11 @@ class Optimizer(Generic[StateT]):
     step: Tree = None
     params: Any = None
 
+    @property
+    def paced(self) -> bool:
+        """Whether it keeps to a schedule over the planned run, so that standing still before the end means nothing."""
+        return False
+
     def default_params(self, x0: Tree = None) -> Any:
         """The parameter set used when none is given."""
         return self.params

@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, State
+from tars_jax.optim.base import Info, Optimizer, State
 
 WARM_UP = 10  # generations that may be flat before it is an error
 
@@ -41,7 +41,8 @@ class Stop:
 
     ``window``: generations without a relative improvement of the best by ``tolerance``; "auto" is the larger of 100 + 30 d / N and a fifth
     of the planned run. ``spread``, ``diversity`` and ``step`` are relative: to the size of the fitness, to the first population's
-    diversity, to the initial step. What cannot be told apart in the vectors' precision always counts as converged.
+    diversity, to the initial step. Optimizers that keep to a schedule (annealing) or start anew (hybrid) go on to the end of their budget: for
+    them only ``target`` and a ``window`` in numbers count.
     """
 
     target: float | None = None  # fitness at or below it
@@ -95,7 +96,7 @@ def start_monitor(state: State) -> Monitor:
     return Monitor(jnp.int32(Reason.RUNNING), inf, -inf, inf, jnp.int32(0), jnp.zeros_like(inf))
 
 
-def judge(monitor: Monitor, stop: Stop, state: State, info: Info, told: Array, limit: Array, pop_size: int) -> Monitor:
+def judge(monitor: Monitor, stop: Stop, state: State, info: Info, told: Array, limit: Array, optimizer: Optimizer[Any]) -> Monitor:
     """The monitor after a generation. ``told [N]``: its fitness; ``limit``: generations the budget pays for."""
     finite = jnp.isfinite(told)
     low = jnp.minimum(monitor.low, jnp.min(jnp.where(finite, told, jnp.inf)))
@@ -108,7 +109,7 @@ def judge(monitor: Monitor, stop: Stop, state: State, info: Info, told: Array, l
     diversity = jnp.where(monitor.diversity > 0, monitor.diversity, info.diversity)
     flat = ~(low < high)
     reason = monitor.reason
-    for code, hit in _tests(stop, state, info, improved, diversity, scale, pop_size):
+    for code, hit in _tests(stop, state, info, improved, diversity, scale, optimizer):
         reason = jnp.where((reason == Reason.RUNNING) & hit & ~flat, jnp.int32(code), reason)
     target = jnp.asarray(False) if stop.target is None else info.best <= stop.target
     reason = jnp.where(target, jnp.int32(Reason.TARGET), reason)
@@ -119,17 +120,20 @@ def judge(monitor: Monitor, stop: Stop, state: State, info: Info, told: Array, l
 
 
 def _tests(
-    stop: Stop, state: State, info: Info, improved: Array, diversity: Array, scale: Array, pop_size: int
+    stop: Stop, state: State, info: Info, improved: Array, diversity: Array, scale: Array, optimizer: Optimizer[Any]
 ) -> list[tuple[Reason, Array]]:
     tests: list[tuple[Reason, Array]] = []
+    if stop.window is not None and not (stop.window == "auto" and optimizer.paced):
+        still = state.generation - improved
+        tests.append((Reason.STAGNATION, still >= _window(stop.window, state, optimizer.pop_size)))
+    if optimizer.paced:
+        return tests
     if stop.step is not None:
         tests.append((Reason.STEP, info.step <= stop.step))
     if stop.diversity is not None:
         tests.append((Reason.DIVERSITY, info.diversity <= stop.diversity * diversity))
     if stop.spread is not None:
         tests.append((Reason.SPREAD, info.spread <= stop.spread * scale))
-    if stop.window is not None:
-        tests.append((Reason.STAGNATION, state.generation - improved >= _window(stop.window, state, pop_size)))
     return tests
 
 

@@ -76,3 +76,18 @@ def differential(u: Array, x: Array, guide: Array, difference: Array, weight: Ar
     """``x + weight (guide - x) + weight difference`` in about a share ``rate [N, 1]`` of the coordinates, at least in one."""
     always = u == jnp.min(u, 1, keepdims=True)
     return jnp.where((u < rate) | always, x + weight * (guide - x) + weight * difference, x)
+
+
+def boltzmann(fitness: Array, inverse: Array) -> Array:
+    """Normalised ``exp(-inverse fitness)``; zero where the fitness is infinite."""
+    best = jnp.min(fitness)
+    excess = jnp.where(jnp.isfinite(fitness), fitness - jnp.where(jnp.isfinite(best), best, 0), jnp.inf)
+    raw = jnp.where(jnp.isfinite(excess), jnp.exp(-inverse * excess), 0)
+    return raw / jnp.maximum(jnp.sum(raw), jnp.finfo(fitness.dtype).tiny)
+
+
+def systematic(weights: Array, u: Array) -> Array:
+    """Indices ``[N]`` drawn by weight with one uniform number: as even as they can be."""
+    n = weights.shape[0]
+    points = (jnp.arange(n, dtype=weights.dtype) + u) / n
+    return jnp.minimum(jnp.searchsorted(jnp.cumsum(weights), points, method="compare_all"), n - 1)

@@ -71,7 +71,7 @@ def advance(optimizer: Optimizer[Any], fitness: Fitness, stop: Stop, run: Run, l
 def record(optimizer: Optimizer[Any], stop: Stop, run: Run, x: Array, told: Array, limit: Array) -> Run:
     """Tell a generation, judge it, note it in the history."""
     state, info = optimizer.learn(run.state, x, told)
-    monitor = judge(run.monitor, stop, state, info, told, limit, optimizer.pop_size)
+    monitor = judge(run.monitor, stop, state, info, told, limit, optimizer)
     row = jnp.stack([getattr(info, name) for name in FIELDS])
     return Run(state, monitor, run.history.at[(state.generation - 1) % run.history.shape[0]].set(row))
 
