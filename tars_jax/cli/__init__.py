@@ -29,8 +29,8 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], bool], ...] = (  # name, function
     ("rm", store.remove, False),
     ("plan", plan.plan, False),
     ("perplexity", perplexity.perplexity, False),
-    ("bench", bench.bench, False),
 )
+GROUPS: tuple[tuple[str, Callable[[], typer.Typer]], ...] = (("bench", bench.make_group),)
 
 
 def make_app() -> typer.Typer:
@@ -46,6 +46,8 @@ def make_app() -> typer.Typer:
     app.callback()(_options)
     for name, function, hidden in COMMANDS:
         app.command(name, hidden=hidden)(function)
+    for name, make in GROUPS:
+        app.add_typer(make(), name=name)
     return app
 
 

@@ -1,23 +1,41 @@
-"""``tars bench``: speed, start-up and memory of a model on this machine."""
+"""``tars bench``: speed, start-up and memory of a model on this machine; its subcommands measure other things."""
 
 import json
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
+from tars_jax.cli import cycles
 from tars_jax.cli.output import note
 from tars_jax.errors import InvalidRequest
 
+COMMANDS: tuple[tuple[str, Callable[..., Any]], ...] = (("optim", cycles.optim),)  # subcommands: name, function
+
+
+def make_group() -> typer.Typer:
+    """``tars bench`` with its subcommands; alone it measures a model."""
+    group = typer.Typer(invoke_without_command=True)
+    group.callback()(bench)
+    for name, function in COMMANDS:
+        group.command(name)(function)
+    return group
+
 
 def bench(
-    model: Annotated[str, typer.Option("--model", "-m", help="Model, by name or path.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model, by name or path.")] = None,
     prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt whose prefill is timed.")] = 512,
     new: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens generated per stream.")] = 64,
     batches: Annotated[str, typer.Option("-b", "--batch", help="Streams decoded at once; several separated by commas.")] = "1,16",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Timed repetitions of each.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure prefill, decode, start-up and memory."""
+    """Measure prefill, decode, start-up and memory of a model; or what a subcommand says."""
+    if context.invoked_subcommand is not None:
+        return
+    if model is None:
+        raise typer.BadParameter("which model? for example --model smollm2:135m", param_hint="--model")
     try:
         sizes = [int(size) for size in batches.split(",")]
     except ValueError:

@@ -66,6 +66,10 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
     max_reheats: int = struct.field(pytree_node=False, default=3)
 
     @property
+    def takes_guests(self) -> bool:
+        return True
+
+    @property
     def paced(self) -> bool:
         return True
 

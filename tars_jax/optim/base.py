@@ -75,6 +75,11 @@ class Optimizer(Generic[StateT]):
         """Whether it keeps to a schedule over the planned run, so that standing still before the end means nothing."""
         return False
 
+    @property
+    def takes_guests(self) -> bool:
+        """Whether it may be told individuals that it did not ask for."""
+        return False
+
     def default_params(self, x0: Tree = None) -> Any:
         """The parameter set used when none is given."""
         return self.params
@@ -136,14 +141,16 @@ class Optimizer(Generic[StateT]):
         raise NotImplementedError
 
 
-@jax.jit
-def _begin(optimizer: Optimizer[StateT], params: Any, space: Space, x0: Tree, key: Array, horizon: Array, start: Start | None) -> StateT:
-    """``init`` as one program."""
+def begin(optimizer: Optimizer[StateT], params: Any, space: Space, x0: Tree, key: Array, horizon: Array, start: Start | None) -> StateT:
+    """``init`` in a space that is known."""
     x = space.flatten(x0)
     zero, inf = jnp.int32(0), jnp.full((), jnp.inf, x.dtype)
     common = {"space": space, "key": key, "generation": zero, "evals": zero, "horizon": horizon, "best_x": x, "best_f": inf}
     state = optimizer.begin(common, params)
     return state if start is None else optimizer.adopt(state, start, params)
+
+
+_begin = jax.jit(begin)  # one program instead of an operation at a time
 
 
 def as_key(key: Array | int) -> Array:

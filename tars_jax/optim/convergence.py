@@ -41,8 +41,8 @@ class Stop:
 
     ``window``: generations without a relative improvement of the best by ``tolerance``; "auto" is the larger of 100 + 30 d / N and a fifth
     of the planned run. ``spread``, ``diversity`` and ``step`` are relative: to the size of the fitness, to the first population's
-    diversity, to the initial step. Optimizers that keep to a schedule (annealing) or start anew (hybrid) go on to the end of their budget: for
-    them only ``target`` and a ``window`` in numbers count.
+    diversity, to the initial step. Optimizers that keep to a schedule (annealing) or start anew (hybrid) go on to the end of
+    their budget: for them only ``target`` and a ``window`` in numbers count.
     """
 
     target: float | None = None  # fitness at or below it

@@ -1,10 +1,10 @@
 """A normal distribution that learns from weighted samples: mean, step size and the factor of its covariance.
 
-The factor M of C = M M^T is adapted itself, without eigenvalues, so float32 serves condition numbers of C up to about 1e12: Beyer and
-Sendhoff, Simplify Your Covariance Matrix Adaptation Evolution Strategy (2017, https://doi.org/10.1109/TEVC.2017.2680320), here with the slow path and the
-negative weights of Hansen, The CMA Evolution Strategy: A Tutorial (https://arxiv.org/abs/1604.00772). Separable: Ros and Hansen, A
-Simple Modification in CMA-ES (2008). Low rank: Loshchilov, Glasmachers and Beyer, Large Scale Black-box Optimization by Limited-Memory
-Matrix Adaptation (2017, https://arxiv.org/abs/1705.06693).
+The factor M of C = M M^T is adapted itself, without eigenvalues, so float32 serves condition numbers of C up to about 1e12: Beyer
+and Sendhoff, Simplify Your Covariance Matrix Adaptation Evolution Strategy (2017, https://doi.org/10.1109/TEVC.2017.2680320), here
+with the slow path and the negative weights of Hansen, The CMA Evolution Strategy: A Tutorial (https://arxiv.org/abs/1604.00772).
+Separable: Ros and Hansen, A Simple Modification in CMA-ES (2008). Low rank: Loshchilov, Glasmachers and Beyer, Large Scale Black-box
+Optimization by Limited-Memory Matrix Adaptation (2017, https://arxiv.org/abs/1705.06693).
 """
 
 from dataclasses import replace

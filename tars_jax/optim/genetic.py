@@ -64,6 +64,10 @@ class GeneticAlgorithm(Optimizer[GeneticState]):
     adaptation: Adaptation = struct.field(pytree_node=False, default="self")
     noisy: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def takes_guests(self) -> bool:
+        return True
+
     def validate(self) -> None:
         Optimizer.validate(self)
         for name, value, known in (

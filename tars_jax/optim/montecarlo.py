@@ -15,7 +15,7 @@ from jax import Array, lax
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim.base import Info, Optimizer, Start, State, draw, scatter, summarise
 from tars_jax.optim.gaussian import Covariance, Gaussian, learn, start_gaussian
-from tars_jax.optim.operators import boltzmann, normal, systematic
+from tars_jax.optim.operators import TINY, boltzmann, normal, systematic
 
 Method = Literal["cross_entropy", "importance", "metropolis", "smc"]
 BISECTIONS = 30  # of a temperature, each halves its interval
@@ -157,7 +157,7 @@ def _spread(fitness: Array) -> Array:
     count = jnp.maximum(jnp.sum(finite), 1).astype(fitness.dtype)
     mean = jnp.sum(jnp.where(finite, fitness, 0)) / count
     deviation = jnp.sqrt(jnp.sum(jnp.where(finite, (fitness - mean) ** 2, 0)) / count)
-    return jnp.where(deviation > 0, deviation, jnp.finfo(fitness.dtype).tiny)
+    return jnp.where(deviation > 0, deviation, TINY)
 
 
 def _tempered(fitness: Array, temperature: Array, share: float | Array) -> tuple[Array, Array]:

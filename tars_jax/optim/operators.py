@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+TINY = 1e-37  # positive in float32
+
 
 def unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Uniform numbers in (0, 1): never 0, so that :func:`normal` stays finite."""
@@ -83,7 +85,7 @@ def boltzmann(fitness: Array, inverse: Array) -> Array:
     best = jnp.min(fitness)
     excess = jnp.where(jnp.isfinite(fitness), fitness - jnp.where(jnp.isfinite(best), best, 0), jnp.inf)
     raw = jnp.where(jnp.isfinite(excess), jnp.exp(-inverse * excess), 0)
-    return raw / jnp.maximum(jnp.sum(raw), jnp.finfo(fitness.dtype).tiny)
+    return raw / jnp.maximum(jnp.sum(raw), TINY)
 
 
 def systematic(weights: Array, u: Array) -> Array:
