@@ -1,5 +1,6 @@
 """``tars bench optim``: how long the cycles of real-time optimization take."""
 
+import itertools
 import json
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ def _pipeline(population: int, seed: int) -> Any:
     rng = np.random.default_rng(seed)
     inputs = rng.uniform(-2, 2, (SAMPLES, LAYERS[0])).astype(np.float32)
     targets = np.sin(2 * inputs[:, :1]) * inputs[:, 1:]
-    shapes = list(zip(LAYERS, LAYERS[1:], strict=False))
+    shapes = list(itertools.pairwise(LAYERS))
     weights = [(jnp.asarray(rng.normal(0, rows**-0.5, (rows, columns)), jnp.float32), jnp.zeros(columns)) for rows, columns in shapes]
 
     def loss(data: Any, weights: Any) -> Any:

@@ -243,7 +243,7 @@ def each(run: Callable[..., float], instances: Instances, evals: int, seed: int)
     return np.array([run(host_fitness(instances, i), instances.x0[i], evals, rng) for i in range(len(instances.which))])
 
 
-EVOSAX = ("SimpleGA", "DifferentialEvolution", "SimulatedAnnealing", "RandomSearch", "iAMaLGaM_Full", "CMA_ES")
+EVOSAX = ("SimpleGA", "DifferentialEvolution", "SimulatedAnnealing", "iAMaLGaM_Full", "CMA_ES")
 COUNTERPARTS = [
     ("tars GA", "evosax SimpleGA"),
     ("tars GA", "evosax DifferentialEvolution"),
