@@ -124,7 +124,9 @@ def test_a_time_budget_ends_soon_after_it() -> None:
 
 def test_a_callback_sees_numbers_and_may_end_the_run() -> None:
     seen = []
-    result = minimize(sphere, X0, GA, budget=FIFTY, callback=lambda generation, row: seen.append((generation, row["best"])) or generation >= 20)
+    result = minimize(
+        sphere, X0, GA, budget=FIFTY, callback=lambda generation, row: seen.append((generation, row["best"])) or generation >= 20
+    )
     assert (result.reason, result.generations) == ("callback", 20)
     assert [generation for generation, _ in seen] == [10, 20]
     assert seen[-1][1] == np.float32(result.fun)

@@ -26,10 +26,10 @@ class AnnealingParams:
     """Numbers of simulated annealing."""
 
     initial_step: float | Array = 1.0  # in the space's initial steps
-    initial_acceptance: float | Array = 0.3  # chance of the mean uphill move at the start: sets the first temperature
+    initial_acceptance: float | Array = 0.1  # chance of the mean uphill move at the start: sets the first temperature
     final_acceptance: float | Array = 1e-6  # adaptive: the same when the cooling is done
     final_temperature: float | Array = 1e-6  # exponential: as a share of the first
-    cooling_share: float | Array = 0.5  # share of the planned run over which the temperature falls
+    cooling_share: float | Array = 0.25  # share of the planned run over which the temperature falls
     acceptance: float | Array = 0.25  # share of tries that steps are tuned to
     step_rate: float | Array = 0.3  # how fast they are
     ladder: float | Array = 2.0  # swap: ratio of neighbouring chains' temperatures
@@ -53,7 +53,7 @@ class AnnealingState(State):
 
 @struct.dataclass(kw_only=True)
 class SimulatedAnnealing(Optimizer[AnnealingState]):
-    """Simulated annealing with ``chains`` chains (pop_size / 5 by default) that try pop_size / chains moves a generation each.
+    """Simulated annealing with ``chains`` chains (pop_size / 10 by default) that try pop_size / chains moves a generation each.
 
     ``exchange``: "resample" draws the chains anew by the weights of a falling temperature, "swap" is parallel tempering.
     """
@@ -75,7 +75,7 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
 
     @property
     def num_chains(self) -> int:
-        wanted = self.chains or max(1, self.pop_size // 5)
+        wanted = self.chains or max(1, self.pop_size // 10)
         return wanted if self.chains else next(c for c in range(wanted, 0, -1) if self.pop_size % c == 0)
 
     def validate(self) -> None:

@@ -26,7 +26,7 @@ class HybridParams:
     genetic: GeneticParams = struct.field(default_factory=GeneticParams)
     annealing: AnnealingParams = struct.field(default_factory=AnnealingParams)
     monte_carlo: MonteCarloParams = struct.field(default_factory=MonteCarloParams)
-    shares: tuple[float | Array, float | Array, float | Array] = (0.2, 0.1, 0.7)  # of the planned run, by stage
+    shares: tuple[float | Array, float | Array, float | Array] = (0.06, 0.02, 0.92)  # of the planned run, by stage
 
 
 @struct.dataclass(kw_only=True)
