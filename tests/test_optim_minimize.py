@@ -43,14 +43,14 @@ def test_a_population_fitness_is_recognised() -> None:
 
 
 def test_a_black_box_gets_numpy_and_gives_what_the_traced_loop_gives() -> None:
-    seen = []
+    seen = set()
 
     def box(x: Any) -> float:
-        seen.append(type(x))
+        seen.add(type(x))
         return float(np.sum((x - np.float32(1.5)) ** 2))
 
-    result = minimize(box, X0, GA, budget=FIFTY)
-    assert set(seen[1:]) == {np.ndarray}
+    result = minimize(box, X0, GA, budget=FIFTY, driver="host")
+    assert seen == {np.ndarray}
     assert result.fun == pytest.approx(minimize(sphere, X0, GA, budget=FIFTY).fun, abs=1e-3)
 
 
