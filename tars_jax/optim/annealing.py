@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, Optimizer, Start, State, draw, scatter, summarise
+from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, scatter, summarise
 from tars_jax.optim.operators import boltzmann, cauchy, normal, systematic
 
 Schedule = Literal["adaptive", "exponential", "cauchy"]
@@ -118,7 +118,7 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         centre, sigma = jnp.repeat(state.x, tries, 0), jnp.repeat(state.sigma, tries)
         x = centre + state.space.step[None] * sigma[:, None] * noise
         x = jnp.where(jnp.isinf(state.best_f), scatter(state, u), x)
-        return state.space.confine(state.key, x, centre), state
+        return confined(state, x, centre), state
 
     def update(self, state: AnnealingState, x: Array, fitness: Array, params: AnnealingParams) -> tuple[AnnealingState, Info]:
         c, told = self.num_chains, fitness

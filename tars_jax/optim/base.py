@@ -16,6 +16,7 @@ from tars_jax.errors import InvalidRequest
 from tars_jax.optim.operators import normal, unit
 from tars_jax.optim.space import Box, Space, Tree, make_space
 
+BOUNDS_STREAM = 2  # of random numbers; optimizers use 0 and 1
 DEFAULT_HORIZON = 300  # generations that a schedule spans where nobody says how long the run will be
 
 
@@ -161,6 +162,12 @@ def as_key(key: Array | int) -> Array:
 def draw(state: State, shape: tuple[int, ...], stream: int = 0) -> Array:
     """Uniform numbers in (0, 1) of this generation: the same for the same key, generation and stream."""
     return unit(jax.random.fold_in(jax.random.fold_in(state.key, stream), state.generation), shape, state.best_x.dtype)
+
+
+def confined(state: State, x: Array, parent: Array) -> Array:
+    """``x [N, d]`` inside the bounds, see :meth:`Space.confine`."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, BOUNDS_STREAM), state.generation)
+    return state.space.confine(key, x, parent)
 
 
 def scatter(state: State, u: Array) -> Array:

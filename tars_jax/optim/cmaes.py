@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from tars_jax.optim.base import Info, Optimizer, Start, State, draw, summarise
+from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, summarise
 from tars_jax.optim.gaussian import Covariance, Gaussian, learn, start_gaussian
 from tars_jax.optim.operators import normal
 
@@ -55,7 +55,7 @@ class CMAES(Optimizer[CMAState]):
         z = normal(draw(state, state.z.shape))
         mean = state.gaussian.mean[None]
         x = mean + state.space.step[None] * state.gaussian.moves(z)
-        return state.space.confine(state.key, x, jnp.broadcast_to(mean, x.shape)), replace(state, z=z)
+        return confined(state, x, jnp.broadcast_to(mean, x.shape)), replace(state, z=z)
 
     def update(self, state: CMAState, x: Array, fitness: Array, params: CMAParams) -> tuple[CMAState, Info]:
         order = jnp.argsort(fitness)

@@ -70,11 +70,8 @@ class Budget:
         """Raise InvalidRequest for a budget that is empty or buys no generation."""
         if self.evals is None and self.generations is None and self.seconds is None:
             raise InvalidRequest("Budget() limits nothing: give evals=, generations= or seconds=")
-        if (
-            (self.max_generations(pop_size) or 1) < 1
-            or self.max_generations(pop_size) == 0
-            or (self.seconds is not None and self.seconds <= 0)
-        ):
+        generations = self.max_generations(pop_size)
+        if (generations is not None and generations < 1) or (self.seconds is not None and self.seconds <= 0):
             raise InvalidRequest(f"{self} does not pay for one generation of {pop_size} individuals")
 
 

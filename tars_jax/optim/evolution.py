@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, Optimizer, Start, State, draw, summarise
+from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, summarise
 from tars_jax.optim.operators import normal
 
 
@@ -73,7 +73,7 @@ class EvolutionStrategy(Optimizer[EvolutionState]):
         sigma = jnp.asarray(params.sigma * scheduled, z.dtype)
         x = state.mean[None] + sigma * state.space.step[None] * z
         mean = jnp.broadcast_to(state.mean[None], x.shape)
-        return state.space.confine(state.key, x, mean), replace(state, z=z, sigma=sigma)
+        return confined(state, x, mean), replace(state, z=z, sigma=sigma)
 
     def update(self, state: EvolutionState, x: Array, fitness: Array, params: EvolutionParams) -> tuple[EvolutionState, Info]:
         gradient = centred_ranks(fitness) @ state.z / (self.pop_size * state.sigma)

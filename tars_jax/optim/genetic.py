@@ -16,7 +16,7 @@ from jax import Array
 
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim import operators
-from tars_jax.optim.base import Info, Optimizer, Start, State, draw, scatter, summarise
+from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, scatter, summarise
 
 Crossover = Literal["differential", "uniform", "blend", "sbx", "arithmetic"]
 Mutation = Literal["gaussian", "cauchy", "polynomial"]
@@ -117,7 +117,7 @@ class GeneticAlgorithm(Optimizer[GeneticState]):
         child = jnp.where(unknown, scatter(state, crossing), child)
         if self.noisy and self.elites:
             child = child.at[: self.elites].set(jnp.where(unknown, child[: self.elites], state.x[: self.elites]))
-        return state.space.confine(state.key, child, parent), replace(state, asked=carried)
+        return confined(state, child, parent), replace(state, asked=carried)
 
     def _differential(
         self, state: GeneticState, crossing: Array, adapting: Array, choosing: Array

@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array, lax
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, Optimizer, Start, State, draw, scatter, summarise
+from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, scatter, summarise
 from tars_jax.optim.gaussian import Covariance, Gaussian, learn, start_gaussian
 from tars_jax.optim.operators import TINY, boltzmann, normal, systematic
 
@@ -91,7 +91,7 @@ class MonteCarlo(Optimizer[MonteCarloState]):
         else:
             centre = jnp.broadcast_to(state.gaussian.mean[None], z.shape)
             x = centre + state.space.step[None] * state.gaussian.moves(z)
-        return state.space.confine(state.key, x, centre), replace(state, z=z)
+        return confined(state, x, centre), replace(state, z=z)
 
     def update(self, state: MonteCarloState, x: Array, fitness: Array, params: MonteCarloParams) -> tuple[MonteCarloState, Info]:
         if self.walks:
