@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tars_jax.errors import InvalidRequest
@@ -56,7 +57,6 @@ def tilted(x: Any) -> Any:
         CMAES(pop_size=30),
         CMAES(pop_size=30, covariance="low_rank"),
         islands(GeneticAlgorithm(pop_size=15), count=2, migrate_every=5),
-        EvolutionStrategy(pop_size=30),
     ],
     ids=lambda o: "-".join([type(o).__name__, *(str(v) for v in vars(o).values() if isinstance(v, str))]),
 )
@@ -64,6 +64,14 @@ def test_the_minimum_of_a_bowl_is_found_on_a_tree(optimizer: Any) -> None:
     result = minimize(bowl, TREE, optimizer, budget=Budget(evals=6000))
     assert result.fun < 0.02
     assert result.x["b"].ravel().tolist() == pytest.approx([-1, -1], abs=0.02)
+
+
+def test_an_evolution_strategy_follows_optax_transforms_and_schedules() -> None:
+    decay = optax.exponential_decay(1.0, 200, 0.01)
+    optimizer = EvolutionStrategy(pop_size=30, transform=optax.adam(lambda step: 0.1 * decay(step)), sigma_schedule=decay)
+    result = minimize(bowl, TREE, optimizer, budget=Budget(evals=6000))
+    assert result.fun < 0.1
+    assert result.history.step[-1] < 0.02 * result.history.step[0]
 
 
 @pytest.mark.parametrize("method", ["metropolis", "smc"])

@@ -138,7 +138,7 @@ def test_nan_ranks_worst() -> None:
 
     result = minimize(half, X0, GA, budget=FIFTY)
     assert result.fun < 0.05
-    assert np.isfinite(result.history.mean).all()
+    assert np.isfinite(result.history.average).all()
 
 
 def test_a_flat_fitness_is_an_error() -> None:

@@ -197,7 +197,9 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         )
 
     def hand_over(self, state: AnnealingState) -> Start:
-        return Start(state.x, state.fitness, jnp.mean(state.sigma))
+        """The chains. Recombining mu parents allows steps mu times as long: Beyer, The Theory of Evolution Strategies (2001)."""
+        step = jnp.minimum(jnp.mean(state.sigma) * self.pop_size / 2, jnp.maximum(jnp.max(state.sigma), 1))
+        return Start(state.x, state.fitness, step)
 
 
 def _mean_deviation(fitness: Array) -> Array:

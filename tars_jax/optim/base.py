@@ -38,8 +38,8 @@ class Info:
     """One generation in numbers. Fitness statistics are over the finite values."""
 
     best: Array  # best fitness seen so far
-    mean: Array  # of this generation
-    std: Array  # of this generation
+    average: Array  # of this generation
+    deviation: Array  # standard deviation of this generation
     spread: Array  # largest minus smallest fitness that the optimizer holds on to
     diversity: Array  # root mean square distance from the centroid, in initial steps
     step: Array  # step size, in initial steps

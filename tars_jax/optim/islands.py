@@ -58,7 +58,7 @@ class Islands(Optimizer[IslandsState]):
     def update(self, state: IslandsState, x: Array, fitness: Array, params: Any) -> tuple[IslandsState, Info]:
         x, told = x.reshape(self.count, -1, x.shape[1]), fitness.reshape(self.count, -1)
         own, infos = jax.vmap(lambda island, x, told: self.optimizer.learn(island, x, told, params))(state.islands, x, told)
-        return replace(state, islands=own), replace(jax.tree.map(jnp.max, infos), best=state.best_f, mean=jnp.mean(infos.mean))
+        return replace(state, islands=own), replace(jax.tree.map(jnp.max, infos), best=state.best_f, average=jnp.mean(infos.average))
 
     def hand_over(self, state: IslandsState) -> Start:
         starts = jax.vmap(self.optimizer.hand_over)(state.islands)

@@ -171,7 +171,7 @@ class Search:
 
     def _history(self) -> np.recarray:
         rows = self.rows.copy()
-        rows[:, [FIELDS.index("best"), FIELDS.index("mean")]] *= self.sign
+        rows[:, [FIELDS.index("best"), FIELDS.index("average")]] *= self.sign
         history = np.recarray(len(rows), [(name, rows.dtype) for name in FIELDS])
         for name, column in zip(FIELDS, rows.T, strict=True):
             history[name] = column
