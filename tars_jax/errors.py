@@ -17,6 +17,10 @@ class InvalidRequest(TarsError):
     status = 400
 
 
+class FlatFitness(InvalidRequest):
+    """All individuals of an optimizer have the same fitness: there is nothing to follow."""
+
+
 class ModelNotFound(TarsError):
     """No such model in the store, the catalogue or on disk."""
 
@@ -25,6 +29,10 @@ class ModelNotFound(TarsError):
 
 class ModelFileError(TarsError):
     """A model file is truncated, malformed, hostile or of an unsupported kind."""
+
+
+class CheckpointError(TarsError):
+    """A checkpoint of an optimizer is damaged or belongs to another search."""
 
 
 class PullError(TarsError):

@@ -6,11 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from tars_jax.cli import load_test
+from tars_jax.cli import cycles, load_test
 from tars_jax.cli.output import note
 from tars_jax.errors import InvalidRequest
 
-COMMANDS: tuple[tuple[str, Callable[..., Any]], ...] = (("serve", load_test.serve),)  # subcommands: name, function
+COMMANDS: tuple[tuple[str, Callable[..., Any]], ...] = (  # subcommands: name, function
+    ("serve", load_test.serve),
+    ("optim", cycles.optim),
+)
 
 
 def make_group() -> typer.Typer:
