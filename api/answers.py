@@ -17,7 +17,7 @@ from api.durations import nanoseconds, timestamp
 from api.models import Loaded, Models
 from api.options import check_top_logprobs, merge_options
 from api.outputs import outputs
-from api.prompts import Prompt, chat_prompt, generate_prompt
+from api.prompts import Prompt, chat_prompt, generate_prompt, without_middle
 from api.schema import ChatRequest, GenerateRequest, grammar
 from api.splitting import Piece, Splitter
 from tars_jax.chat import ToolCall
@@ -88,7 +88,12 @@ async def _chunks(
         return
     _check_support(request, str(stored.name))
     options = merge_options(
-        request.options, stored.params, grammar=grammar(request.format), logprobs=request.logprobs, top_logprobs=request.top_logprobs
+        request.options,
+        stored.params,
+        grammar=grammar(request.format),
+        logprobs=request.logprobs,
+        top_logprobs=request.top_logprobs,
+        shift=request.shift,
     )
     terms = Terms(client, options.priority, None if options.timeout is None else started + options.timeout)
     async with contextlib.AsyncExitStack() as stack:
@@ -99,6 +104,8 @@ async def _chunks(
             yield _chunk(request, Piece(), done=True, done_reason="load")
             return
         prompt = await asyncio.to_thread(make_prompt, loaded, request)
+        if request.shift:
+            prompt = without_middle(prompt, loaded, options.sampling.num_keep)
         if request.debug_render_only:
             yield {"model": request.model, "created_at": timestamp(), "_debug_info": {"rendered_template": prompt.text, "image_count": 0}}
             return

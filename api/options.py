@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 
 _INT32 = 2**31 - 1
 _IGNORED = frozenset(  # options of other runners, and old ones: accepted without effect
-    {"num_keep", "num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "numa", "low_vram", "f16_kv", "logits_all"}
-    | {"draft_num_predict", "typical_p", "tfs_z", "mirostat", "mirostat_tau", "mirostat_eta", "penalize_newline", "vocab_only"}
+    {"num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "numa", "low_vram", "f16_kv", "logits_all"}
+    | {"draft_num_predict", "tfs_z", "penalize_newline", "vocab_only"}
     | {"num_gqa", "rope_frequency_base", "rope_frequency_scale"}
 )
 
@@ -39,7 +39,11 @@ def _strings(value: Any) -> tuple[str, ...] | None:
     return tuple(item for item in items if item)
 
 
-# Ollama's runner takes any number and clamps it; these are its clamps.
+def _same(value: Any) -> Any:
+    return value
+
+
+# Ollama's runner takes any number and clamps it; these are its clamps. What Ollama does not have is refused when it makes no sense.
 _Clamp = Callable[[Any], Any]
 _READERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "integer": ("integer", _integer),
@@ -54,12 +58,28 @@ _OPTIONS: Mapping[str, tuple[str, str, _Clamp]] = {  # option: (type, SamplingPa
     "top_k": ("integer", "top_k", lambda n: max(n, 0)),
     "top_p": ("float32", "top_p", lambda x: min(max(x, 1e-9), 1.0)),
     "min_p": ("float32", "min_p", lambda x: min(max(x, 0.0), 1.0)),
-    "repeat_penalty": ("float32", "repeat_penalty", lambda x: x),
-    "presence_penalty": ("float32", "presence_penalty", lambda x: x),
-    "frequency_penalty": ("float32", "frequency_penalty", lambda x: x),
+    "repeat_penalty": ("float32", "repeat_penalty", _same),
+    "presence_penalty": ("float32", "presence_penalty", _same),
+    "frequency_penalty": ("float32", "frequency_penalty", _same),
     "repeat_last_n": ("integer", "repeat_last_n", lambda n: max(n, -1)),
-    "stop": ("array", "stop", lambda strings: strings),
-    "ignore_eos": ("bool", "ignore_eos", lambda on: on),  # as in llama.cpp and vLLM
+    "stop": ("array", "stop", _same),
+    "typical_p": ("float32", "typical_p", lambda x: min(max(x, 1e-9), 1.0)),
+    "num_keep": ("integer", "num_keep", lambda n: max(n, -1)),
+    "mirostat": ("integer", "mirostat", _same),
+    "mirostat_tau": ("float32", "mirostat_tau", _same),
+    "mirostat_eta": ("float32", "mirostat_eta", _same),
+    "top_n_sigma": ("float32", "top_n_sigma", lambda x: max(x, 0.0)),  # negative is off in llama.cpp
+    "xtc_probability": ("float32", "xtc_probability", _same),
+    "xtc_threshold": ("float32", "xtc_threshold", _same),
+    "dynatemp_range": ("float32", "dynatemp_range", _same),
+    "dynatemp_exponent": ("float32", "dynatemp_exponent", _same),
+    "dry_multiplier": ("float32", "dry_multiplier", _same),
+    "dry_base": ("float32", "dry_base", _same),
+    "dry_allowed_length": ("integer", "dry_allowed_length", _same),
+    "dry_penalty_last_n": ("integer", "dry_penalty_last_n", _same),
+    "dry_sequence_breakers": ("array", "dry_sequence_breakers", _same),
+    "min_tokens": ("integer", "min_tokens", _same),
+    "ignore_eos": ("bool", "ignore_eos", _same),  # as in llama.cpp and vLLM
 }
 
 _OTHERS: Mapping[str, str] = {"num_ctx": "integer", "priority": "integer", "timeout": "float32"}  # what is not about sampling: type
@@ -82,6 +102,7 @@ def merge_options(
     grammar: str | None = None,
     logprobs: bool = False,
     top_logprobs: int = 0,
+    shift: bool = False,
 ) -> Options:
     """Options of a request over the PARAMETERs of its model.
 
@@ -94,7 +115,7 @@ def merge_options(
     if timeout is not None and timeout <= 0:
         raise InvalidRequest(f"timeout must be a number of seconds above 0, got {timeout}")
     fields = {_OPTIONS[name][1]: _OPTIONS[name][2](value) for name, value in merged.items()}
-    sampling = SamplingParams(**fields, grammar=grammar, logprobs=logprobs, top_logprobs=top_logprobs)
+    sampling = SamplingParams(**fields, grammar=grammar, logprobs=logprobs, top_logprobs=top_logprobs, shift=shift)
     return Options(sampling, None if num_ctx is None or num_ctx <= 0 else max(num_ctx, 4), priority, timeout)
 
 

@@ -1,6 +1,7 @@
 """From a request to the tokens the engine reads: system prompts, templates, capabilities, and turns that do not fit."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from api.models import Loaded
 from api.schema import ChatRequest, GenerateRequest, Think, grammar
 from tars_jax.chat import ChatTemplate, capabilities
 from tars_jax.errors import ContextOverflow, InvalidRequest
+
+log = logging.getLogger(__name__)
 
 Turn = dict[str, Any]
 
@@ -88,14 +91,15 @@ def chat_prompt(loaded: Loaded, request: ChatRequest) -> Prompt:
     turns = [*loaded.stored.messages, *(message.as_dict() for message in request.messages)]
     if loaded.stored.system and (not request.messages or request.messages[0].role.lower() != "system"):
         turns.insert(0, {"role": "system", "content": loaded.stored.system})
-    text, ids = _fitting(turns, render, loaded.engine.config.max_context, request.truncate)
+    text, ids = _fitting(turns, render, loaded.engine.config.max_context, request.truncate, request.shift)
     return Prompt(ids, text, "thinking" in abilities, tuple(str(tool.get("function", {}).get("name", "")) for tool in request.tools))
 
 
 def _fitting(
-    turns: list[Turn], render: Callable[[Sequence[Turn]], tuple[str, tuple[int, ...]]], limit: int, truncate: bool
+    turns: list[Turn], render: Callable[[Sequence[Turn]], tuple[str, tuple[int, ...]]], limit: int, truncate: bool, shift: bool
 ) -> tuple[str, tuple[int, ...]]:
-    """The rendered conversation without as few of its oldest turns as possible; system turns and the last one stay."""
+    """The rendered conversation without as few of its oldest turns as possible; system turns and the last one stay. ``shift``: what then
+    does not fit is cut later."""
     rendered = render(turns)
     droppable = [i for i, turn in enumerate(turns[:-1]) if turn["role"] != "system"]
     if len(rendered[1]) < limit or not truncate or not droppable:
@@ -108,12 +112,24 @@ def _fitting(
         else:
             low = middle + 1
     text, ids = render(_without(turns, droppable[:low]))
-    if len(ids) >= limit:
+    if len(ids) >= limit and not shift:
         raise ContextOverflow(
             f"the last message and the system prompt are {len(ids)} tokens long, but the context window is {limit}; "
             "shorten them or raise num_ctx"
         )
     return text, ids
+
+
+def without_middle(prompt: Prompt, loaded: Loaded, num_keep: int) -> Prompt:
+    """A prompt that does not fit, cut to its first ``num_keep`` tokens (-1: all, so that nothing can be cut) and as many of its last as
+    leave about half of the rest of the context free, as Ollama does when asked to shift."""
+    limit, size = loaded.engine.config.max_context, len(prompt.ids)
+    keep = num_keep + bool(getattr(loaded.model.tokenizer, "add_bos", False))
+    if size < limit or num_keep < 0 or keep >= limit - 1:
+        return prompt  # the engine refuses it if it does not fit
+    last = max((limit - keep) // 2, 1)
+    log.info("a prompt of %d tokens was cut to its first %d and last %d, for a context of %d", size, keep, last, limit)
+    return dataclasses.replace(prompt, ids=(*prompt.ids[:keep], *prompt.ids[-last:]))
 
 
 def _without(turns: list[Turn], dropped: list[int]) -> list[Turn]:

@@ -82,8 +82,8 @@ class _Inference:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     keep_alive: Annotated[float | None, Json(read=read_keep_alive)] = None  # seconds
     think: Annotated[Think, Json(read=read_think)] = None
-    truncate: bool = True
-    shift: bool = True  # accepted; this engine ends an answer when the context is full
+    truncate: bool = True  # a chat that does not fit loses its oldest turns
+    shift: bool = False  # a prompt that still does not fit loses its middle, and a full context its older half; else an error, or the end
     logprobs: bool = False
     top_logprobs: int = 0
     debug_render_only: Annotated[bool, Json(key="_debug_render_only")] = False

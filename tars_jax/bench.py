@@ -29,7 +29,8 @@ from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder, forward, logits
 from tars_jax.rows import pack_row
-from tars_jax.sampling import sample, unpack_rows
+from tars_jax.sample_rows import no_extras, unpack_rows
+from tars_jax.sampling import sample
 
 PAGE = 16
 DECODE_PROMPT = 16  # tokens before the decodes that are timed
@@ -142,8 +143,8 @@ def measure_stages(model: Model, count: int, repetitions: int) -> Stages:
         kv_lengths=jnp.array([cached + count], jnp.int32),
         page_tables=jnp.arange(1, pages + 1, dtype=jnp.int32)[None],
     )
-    rows = unpack_rows(jnp.asarray(pack_row()[None]), jnp.zeros((1, -(-config.vocab_size // 32)), jnp.uint32))
-    history = jnp.zeros((1, cached + count), jnp.int32)
+    rows = unpack_rows(jnp.asarray(pack_row(length=cached + count)[None]), no_extras(1, config.vocab_size))
+    table, mu = jnp.zeros((1, cached + count), jnp.int32), jnp.zeros(1, jnp.float32)
 
     @jax.jit
     def embed(params: Decoder) -> jax.Array:
@@ -155,7 +156,7 @@ def measure_stages(model: Model, count: int, repetitions: int) -> Stages:
 
     @jax.jit
     def head(params: Decoder, hidden: jax.Array) -> jax.Array:
-        return sample(logits(params, config, hidden), rows, history, batch.kv_lengths).tokens
+        return sample(logits(params, config, hidden), rows, table, mu).tokens
 
     def time_of(work: Callable[[], Any]) -> float:
         return 1e3 * statistics.median(_times(work, max(repetitions, 3)))

@@ -10,6 +10,10 @@ from tars_jax.errors import InvalidRequest
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
+GrammarKind = Literal["json", "regex", "gbnf", "lark"]
+
+GRAMMAR_KINDS: tuple[GrammarKind, ...] = ("json", "regex", "gbnf", "lark")
+MAX_BIASES = 1024  # tokens a request may give a bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,42 +97,101 @@ class EngineConfig:
     tensor_parallel: int = 1  # devices that share every layer
 
 
+_MOST, _INT = 1e6, 2**31 - 1  # stand for "no bound"
+_RANGES: tuple[tuple[str, float, float], ...] = (  # of the fields of `SamplingParams`
+    ("max_tokens", 0, _INT),
+    ("temperature", 0, _MOST),
+    ("top_k", 0, _INT),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("typical_p", 0, 1),
+    ("top_n_sigma", 0, _MOST),
+    ("xtc_probability", 0, 1),
+    ("xtc_threshold", 0, 1),
+    ("dynatemp_range", 0, _MOST),
+    ("dynatemp_exponent", 0, _MOST),
+    ("mirostat", 0, 2),
+    ("mirostat_tau", 0, _MOST),
+    ("mirostat_eta", 0, _MOST),
+    ("repeat_penalty", 0, _MOST),
+    ("presence_penalty", -_MOST, _MOST),
+    ("frequency_penalty", -_MOST, _MOST),
+    ("repeat_last_n", -1, _INT),
+    ("dry_multiplier", 0, _MOST),
+    ("dry_base", 1, _MOST),
+    ("dry_allowed_length", 1, _INT),
+    ("dry_penalty_last_n", -1, _INT),
+    ("n", 1, 128),
+    ("min_tokens", 0, _INT),
+    ("top_logprobs", 0, 20),
+    ("prompt_logprobs", 0, 20),
+    ("num_keep", -1, _INT),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen and when it ends. Names and defaults are Ollama's; order of filters is llama.cpp's."""
+    """How one request's tokens are chosen and when it ends. Names and defaults are Ollama's, else llama.cpp's or vLLM's; the order of
+    filters is llama.cpp's: penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature. Mirostat stands in for those after
+    top-n-sigma but the temperature."""
 
     max_tokens: int | None = None  # None: until a stop or the context is full
-    temperature: float = 0.8  # 0: greedy
+    temperature: float = 0.8  # 0: greedy; filters then do not matter
     top_k: int = 40  # 0: off
     top_p: float = 0.9  # 1: off
     min_p: float = 0.0  # 0: off
+    typical_p: float = 1.0  # 1: off
+    top_n_sigma: float = 0.0  # standard deviations below the best; 0: off
+    xtc_probability: float = 0.0  # 0: off
+    xtc_threshold: float = 0.1  # above 0.5 it has no effect
+    dynatemp_range: float = 0.0  # 0: off
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0  # 0: off; 1, 2: the version
+    mirostat_tau: float = 5.0  # bits of surprise a token shall have in the mean
+    mirostat_eta: float = 0.1  # learning rate
     repeat_penalty: float = 1.0  # 1: off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repeat_last_n: int = 64  # tokens the penalties look back on; 0: off, -1: the whole context
+    dry_multiplier: float = 0.0  # 0: off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2  # tokens that may be repeated without a penalty
+    dry_penalty_last_n: int = -1  # tokens DRY looks back on; 0: off, -1: the whole context
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")  # tokens that contain one end a repetition
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    allowed_token_ids: tuple[int, ...] | None = None  # None: all
+    bad_words: tuple[str, ...] = ()  # texts that are not generated, at a word's beginning or inside
     seed: int | None = None  # None: drawn at random
+    n: int = 1  # answers; number i is drawn with seed + i
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0  # tokens before which nothing ends the answer
     logprobs: bool = False
     top_logprobs: int = 0  # 0..20 alternatives reported per token
-    grammar: str | None = None  # "json", or a JSON schema as text: the answer is constrained to it
+    prompt_logprobs: int | None = None  # 0..20 alternatives reported per token of the prompt; None: not even its own
+    grammar: str | None = None  # what the answer is constrained to, in the language of ``grammar_kind``
+    grammar_kind: GrammarKind = "json"  # whose grammars are JSON schemas, or "json" for any object
+    shift: bool = False  # when the context is full, forget its older half and go on
+    num_keep: int = 4  # tokens at the beginning that a shift leaves
 
     def __post_init__(self) -> None:
-        def check(ok: bool, field: str, rule: str) -> None:
-            if not ok:
-                raise InvalidRequest(f"{field} must be {rule}, got {getattr(self, field)!r}")
-
-        check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "at least 0")
-        check(0 <= self.temperature < 1e6, "temperature", "a number from 0 up")
-        check(self.top_k >= 0, "top_k", "at least 0")
-        check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        check(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        check(0 < self.repeat_penalty < 1e6, "repeat_penalty", "above 0")
-        check(abs(self.presence_penalty) < 1e6, "presence_penalty", "a finite number")
-        check(abs(self.frequency_penalty) < 1e6, "frequency_penalty", "a finite number")
-        check(self.repeat_last_n >= -1, "repeat_last_n", "-1 or more")
-        check(0 <= self.top_logprobs <= 20, "top_logprobs", "between 0 and 20")
+        for field, low, high in _RANGES:
+            value = getattr(self, field)
+            if value is not None and not low <= value <= high:
+                bounded = f"between {low:g} and {high:g}" if high < _MOST else f"{low:g} or more"
+                rule = bounded if low > -_MOST else "a finite number"
+                raise InvalidRequest(f"{field} must be {rule}, got {value!r}")
+        for field in ("top_p", "typical_p", "repeat_penalty"):
+            if getattr(self, field) <= 0:
+                raise InvalidRequest(f"{field} must be above 0, got {getattr(self, field)!r}")
+        for token, bias in self.logit_bias:
+            if token < 0 or not abs(bias) <= _MOST:
+                raise InvalidRequest(f"logit_bias must give token ids a finite number, got {token!r}: {bias!r}")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise InvalidRequest(f"logit_bias may name {MAX_BIASES} tokens, got {len(self.logit_bias)}")
+        if self.grammar_kind not in GRAMMAR_KINDS:
+            raise InvalidRequest(f"grammar_kind must be one of {', '.join(GRAMMAR_KINDS)}, got {self.grammar_kind!r}")
 
 
 def models_dir(environ: Mapping[str, str] = os.environ) -> Path:

@@ -1,11 +1,14 @@
-"""Structured output: which tokens may come next so that the answer matches a JSON schema (by llguidance)."""
+"""Structured output: which tokens may come next so that the answer matches a JSON schema, a regular expression, a GBNF or a Lark
+grammar (by llguidance)."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import llguidance
 import numpy as np
 
+from tars_jax.config import GrammarKind
 from tars_jax.errors import InvalidRequest
 from tars_jax.tokenizer import Tokenizer
 
@@ -16,17 +19,24 @@ WHITESPACE = r"( |\n{1,2}[ \t]{0,20})?"
 class Constraint:
     """One answer's progress through its grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
-
-    def fill(self, allowed: np.ndarray) -> None:
-        """Write the bits of the tokens that may come next: uint32 [ceil(V / 32)], contiguous."""
-        self._matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
+    def __init__(self, matcher: llguidance.LLMatcher, executor: llguidance.LLExecutor) -> None:
+        self.matcher, self.executor = matcher, executor
 
     def consume(self, token_id: int) -> None:
         """Advance by a token that `fill` allowed."""
-        if not self._matcher.consume_token(token_id):
-            raise RuntimeError(f"token {token_id} does not match the grammar: {self._matcher.get_error()}")
+        if not self.matcher.consume_token(token_id):
+            raise RuntimeError(f"token {token_id} does not match the grammar: {self.matcher.get_error()}")
+
+
+def fill(constraints: Sequence[tuple[Constraint, int]], allowed: np.ndarray) -> None:
+    """Write the bits of the tokens that may come next into each constraint's row of ``allowed``, uint32 [R, ceil(V / 32)], contiguous.
+    Several at once are computed in parallel."""
+    if len(constraints) == 1:
+        constraint, row = constraints[0]
+        constraint.matcher.unsafe_compute_mask_ptr(allowed[row].ctypes.data, allowed[row].nbytes)
+    elif constraints:
+        matchers = [(constraint.matcher, row) for constraint, row in constraints]
+        constraints[0][0].executor.unsafe_compute_mask_ptr(matchers, allowed.ctypes.data, allowed.strides[0], len(allowed))
 
 
 class GrammarCompiler:
@@ -34,28 +44,45 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=vocab_size)
+        self._executor = llguidance.LLExecutor()
 
-    def compile(self, grammar: str) -> Constraint:
-        """A constraint for "json" (any JSON object) or a JSON schema as text. Raises InvalidRequest."""
-        schema = {"type": "object"} if grammar == "json" else _parse(grammar)
+    def compile(self, grammar: str, kind: GrammarKind = "json") -> Constraint:
+        """A constraint for one grammar. Raises InvalidRequest that says what cannot be enforced."""
         try:
-            compiled = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
-            matcher = llguidance.LLMatcher(self._tokenizer, compiled)
-        except (ValueError, TypeError) as error:
-            raise InvalidRequest(f"format: this JSON schema cannot be enforced: {error}") from None
+            matcher = llguidance.LLMatcher(self._tokenizer, _READERS[kind](grammar))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _refusal(kind, str(error)) from None
         if matcher.is_error():
-            raise InvalidRequest(f"format: this JSON schema cannot be enforced: {matcher.get_error()}")
-        return Constraint(matcher)
+            raise _refusal(kind, matcher.get_error())
+        return Constraint(matcher, self._executor)
 
 
-def _parse(grammar: str) -> dict[str, Any]:
-    try:
-        schema = _closed(json.loads(grammar))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"format: not a valid JSON schema: {error}") from None
+def _refusal(kind: GrammarKind, why: str) -> InvalidRequest:
+    why = why.partition("\n<state>")[0].strip()
+    return InvalidRequest(f"format: this {_NAMES[kind]} cannot be enforced: {why}")
+
+
+def _read_json(text: str) -> str:
+    schema = {"type": "object"} if text == "json" else _closed(json.loads(text))
     if not isinstance(schema, dict):
-        raise InvalidRequest(f"format: a JSON schema is an object, not {type(schema).__name__}")
-    return schema
+        raise TypeError(f"a JSON schema is an object, not {type(schema).__name__}")
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+
+
+def _read_gbnf(text: str) -> str:
+    try:
+        return llguidance.grammar_from("gbnf", text)
+    except Exception as error:  # its parser raises whatever comes
+        raise ValueError(error) from None
+
+
+_NAMES: Mapping[GrammarKind, str] = {"json": "JSON schema", "regex": "regular expression", "gbnf": "GBNF grammar", "lark": "Lark grammar"}
+_READERS: Mapping[GrammarKind, Callable[[str], str]] = {
+    "json": _read_json,
+    "regex": lambda text: llguidance.grammar_from("regex", text),
+    "gbnf": _read_gbnf,
+    "lark": lambda text: llguidance.grammar_from("lark", text),
+}
 
 
 def _closed(schema: Any) -> Any:

@@ -1,24 +1,55 @@
 """How a request's tokens are sampled, as a row of numbers: packed once per request, copied into every step. Without jax."""
 
+import math
+
 import numpy as np
 
-FIELDS: dict[str, type] = {  # of a packed row: every number of `SampleRows` but the mask
+from tars_jax.config import MAX_BIASES
+
+FIELDS: dict[str, type] = {  # of a packed row: every number of `SampleRows`
     "temperature": np.float32,
     "top_k": np.int32,
     "top_p": np.float32,
     "min_p": np.float32,
+    "typical_p": np.float32,
+    "top_n_sigma": np.float32,
+    "xtc_probability": np.float32,
+    "xtc_threshold": np.float32,
+    "dynatemp_range": np.float32,
+    "dynatemp_exponent": np.float32,
     "repeat_penalty": np.float32,
     "presence_penalty": np.float32,
     "frequency_penalty": np.float32,
     "window": np.int32,
+    "dry_multiplier": np.float32,
+    "dry_base": np.float32,
+    "dry_allowed_length": np.int32,
+    "dry_window": np.int32,
+    "mirostat": np.int32,
+    "mirostat_tau": np.float32,
+    "mirostat_eta": np.float32,
     "seed": np.uint32,
     "top_logprobs": np.int32,
+    "biased": np.int32,
     "masked": np.int32,
+    "mu": np.float32,
+    "slot": np.int32,
+    "length": np.int32,
 }
-GREEDY = {"top_p": 1.0, "repeat_penalty": 1.0, "top_logprobs": -1}  # what is not 0 in a row that wants nothing
+COLUMN = {name: column for column, name in enumerate(FIELDS)}
+GREEDY = {"top_p": 1.0, "typical_p": 1.0, "repeat_penalty": 1.0, "dry_base": 1.75, "top_logprobs": -1, "mu": math.nan}  # else 0
 
 
 def pack_row(**numbers: float) -> np.ndarray:
     """A row's numbers as int32 [len(FIELDS)], floats by their bits; those not given are those of a greedy row."""
     wanted = {**GREEDY, **numbers}
     return np.concatenate([np.array([wanted.get(name, 0)], dtype).view(np.int32) for name, dtype in FIELDS.items()])
+
+
+def pack_biases(biases: tuple[tuple[int, float], ...]) -> np.ndarray:
+    """(token, bias) pairs as int32 [2, MAX_BIASES]: tokens, -1 where there is none, and the biases by their bits."""
+    packed = np.zeros((2, MAX_BIASES), np.int32)
+    packed[0] = -1
+    for column, (token, bias) in enumerate(biases):
+        packed[0, column], packed[1, column] = token, np.float32(bias).view(np.int32)
+    return packed

@@ -209,6 +209,32 @@ def test_what_cannot_fit_is_refused_with_the_numbers(server: Server, body: dict[
     assert "16" in answer.json()["error"]
 
 
+def test_a_shift_keeps_the_ends_of_a_prompt_that_does_not_fit(server: Server) -> None:
+    words = [f"w{i}" for i in range(40)]
+    server.generate(prompt=" ".join(words), raw=True, shift=True, options={"num_ctx": 16, "num_keep": 4})
+    assert server.prompts() == [" ".join(words[:4] + words[-6:])]
+    assert server.loader.engines[0].requests[0].params.shift
+
+
+def test_without_a_shift_nothing_is_cut(server: Server) -> None:
+    body = {"model": "fake", "prompt": "x " * 50, "options": {"num_ctx": 16}}
+    answer = server.request("POST", "/api/generate", body)
+    assert answer.status_code == 400
+    assert "16" in answer.json()["error"]
+
+
+def test_a_shift_that_must_keep_everything_is_refused(server: Server) -> None:
+    body = {"model": "fake", "prompt": "x " * 50, "shift": True, "options": {"num_ctx": 16, "num_keep": -1}}
+    assert server.request("POST", "/api/generate", body).status_code == 400
+
+
+def test_a_shift_cuts_a_last_message_that_does_not_fit(server: Server) -> None:
+    server.chat(messages=[{"role": "user", "content": "x " * 50}], shift=True, options={"num_ctx": 16, "num_keep": 2})
+    (prompt,) = server.prompts()
+    assert prompt.startswith("<user> x")
+    assert prompt.endswith("<assistant>")
+
+
 # tools and thinking
 
 TOOL_TEMPLATE = "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{{ messages[-1].content }} <tool_call>"

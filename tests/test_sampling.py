@@ -1,52 +1,16 @@
 """Sampling against filters written out in numpy, and the promises about seeds and neighbours."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS, Sampled, SampleRows, argmax, sample, top_k
-
-VOCAB = 300
-DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0.0}
-DEFAULTS |= {"frequency_penalty": 0.0, "window": 0, "seed": 0, "top_logprobs": -1, "masked": False}
-TYPES = {"top_k": np.int32, "window": np.int32, "seed": np.uint32, "top_logprobs": np.int32, "masked": bool}
-
-
-def rows(*wishes: dict[str, Any]) -> SampleRows:
-    columns = {
-        name: jnp.asarray(np.array([{**DEFAULTS, **wish}[name] for wish in wishes], TYPES.get(name, np.float32))) for name in DEFAULTS
-    }
-    allowed = np.zeros((len(wishes), -(-VOCAB // 32)), np.uint32)
-    for r, wish in enumerate(wishes):
-        for token in wish.get("allow", ()):
-            allowed[r, token // 32] |= np.uint32(1 << (token % 32))
-    return SampleRows(**columns, allowed=jnp.asarray(allowed))
-
-
-def draw(logits: np.ndarray, *wishes: dict[str, Any], history: Any = None, lengths: Any = None) -> Sampled:
-    count = len(wishes)
-    history = np.zeros((count, 8), np.int32) if history is None else np.asarray(history, np.int32)
-    lengths = np.zeros(count, np.int32) if lengths is None else np.asarray(lengths, np.int32)
-    return jax.jit(sample)(jnp.asarray(logits, jnp.float32), rows(*wishes), jnp.asarray(history), jnp.asarray(lengths))
+from tars_jax.ranking import argmax, top_k
+from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS
+from tests.sampler import VOCAB, draw, frequencies, softmax
 
 
 def random_logits(count: int = 1, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, VOCAB)).astype(np.float32) * 2
-
-
-def frequencies(logits: np.ndarray, wish: dict[str, Any], draws: int = 4000) -> np.ndarray:
-    """How often each token is drawn, over many seeds."""
-    wishes = [{**wish, "seed": s} for s in range(draws)]
-    tokens = draw(np.repeat(logits, draws, 0), *wishes).tokens
-    return np.bincount(np.asarray(tokens), minlength=VOCAB) / draws
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max())
-    return e / e.sum()
 
 
 def test_temperature_zero_is_greedy() -> None:
@@ -117,7 +81,7 @@ def test_penalties_look_back_only_on_their_window() -> None:
 def test_masked_rows_choose_among_allowed_tokens() -> None:
     logits = random_logits(2)
     allowed = {int(logits[0].argsort()[3]), 299}
-    tokens = draw(logits, {"masked": True, "allow": allowed, "temperature": 2.0, "top_k": 50}, {}).tokens
+    tokens = draw(logits, {"allow": allowed, "temperature": 2.0, "top_k": 50}, {}).tokens
     assert int(tokens[0]) in allowed
     assert int(tokens[1]) == int(logits[1].argmax())
 

@@ -211,20 +211,6 @@ def test_an_end_token_stops_and_is_counted_but_not_shown() -> None:
     assert (last.usage.prompt_tokens, last.usage.output_tokens) == (3, 2)
 
 
-def test_a_constrained_row_waits_for_its_token() -> None:
-    bench = Bench()
-    sequence = bench.add(prompt=3, max_tokens=4)
-
-    class Anything:
-        def fill(self, allowed: object) -> None: ...
-        def consume(self, token_id: int) -> None: ...
-
-    sequence.constraint = Anything()
-    bench.drain()
-    assert [len(plan) for plan in bench.plans[:4]] == [1, 0, 1, 0]
-    assert bench.text(0) == bench.expected(0)
-
-
 def test_pages_are_all_or_nothing() -> None:
     pages = PageAllocator(4, 16)
     with pytest.raises(OutOfPages):

@@ -180,7 +180,14 @@ def test_request_over_model_over_default() -> None:
         ("min_p", 2, "min_p", 1),
         ("repeat_last_n", -9, "repeat_last_n", -1),
         ("temperature", None, "temperature", 0.8),
-        ("mirostat", "anything", "temperature", 0.8),
+        ("mirostat", 2, "mirostat", 2),
+        ("mirostat_tau", 4, "mirostat_tau", 4.0),
+        ("typical_p", 0, "typical_p", 1e-9),
+        ("num_keep", 24, "num_keep", 24),
+        ("xtc_probability", 0.5, "xtc_probability", 0.5),
+        ("dry_sequence_breakers", ["\n"], "dry_sequence_breakers", ("\n",)),
+        ("top_n_sigma", -1, "top_n_sigma", 0),
+        ("tfs_z", "anything", "temperature", 0.8),
         ("unknown", {}, "temperature", 0.8),
     ],
 )
@@ -202,6 +209,22 @@ def test_options_of_the_wrong_type(option: str, value: Any, kind: str) -> None:
     with pytest.raises(BadOption) as error:
         merge_options({option: value}, {})
     assert (str(error.value), error.value.status) == (f'option "{option}" must be of type {kind}', 500)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("mirostat", 3, "mirostat must be between 0 and 2, got 3"),
+        ("xtc_threshold", 1.5, "xtc_threshold must be between 0 and 1, got 1.5"),
+        ("dry_base", 0.5, "dry_base must be 1 or more, got 0.5"),
+        ("repeat_penalty", 0, "repeat_penalty must be above 0, got 0"),
+        ("presence_penalty", 1e7, "presence_penalty must be a finite number, got 1"),
+    ],
+)
+def test_options_no_sampler_can_use(option: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(message)) as error:
+        merge_options({option: value}, {})
+    assert error.value.status == 400
 
 
 def test_num_ctx_is_at_least_4() -> None:

@@ -31,6 +31,7 @@ class TinyTokenizer:
     eog_ids: frozenset[int] = frozenset()
     control_ids: frozenset[int] = frozenset()
     strips_space = False
+    vocab_size = 95
 
     def token_id(self, text: str) -> int | None:
         return None

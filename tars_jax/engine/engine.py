@@ -1,5 +1,6 @@
 """The engine: many requests, one device. One thread per engine owns the device state; everybody else sends it messages."""
 
+import dataclasses
 import heapq
 import logging
 import queue
@@ -18,19 +19,19 @@ import numpy as np
 from tars_jax import kernels
 from tars_jax.adapters import Adapter, check_fits
 from tars_jax.config import EngineConfig, SamplingParams
+from tars_jax.engine.admission import Admission
 from tars_jax.engine.idle import IdleWork, Work
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder
 from tars_jax.engine.request import FinishReason, Output, Request, new_request_id
 from tars_jax.engine.runner import Runner, Weights
+from tars_jax.engine.sampler import read_mu, read_row
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.sizing import resolve
-from tars_jax.engine.speculation import Draft, PromptLookup, Speculation
 from tars_jax.engine.stats import COUNTERS, EngineStats, Meter
-from tars_jax.engine.step import read_row
 from tars_jax.engine.timing import StepTimes
-from tars_jax.errors import ContextOverflow, InvalidRequest, ServerBusy, TarsError
+from tars_jax.errors import InvalidRequest, ServerBusy, TarsError
 from tars_jax.kernels.build import cache_dir
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
@@ -46,8 +47,10 @@ class InFlight(NamedTuple):
 
     plan: Plan
     bucket: int
+    scores: jax.Array  # the logits to come
+    hidden: jax.Array  # the last layer's states to come, [bucket, H]
     sent: float  # seconds, time.perf_counter()
-    out: jax.Array
+    out: jax.Array | None = None  # the sampler's, once it is sent too; it never is if nothing is sampled
 
 
 class Engine:
@@ -60,7 +63,7 @@ class Engine:
         self._wake = threading.Condition()
         self._changing = threading.Lock()  # of weights or adapters, by one thread at a time
         self._inbox: list[Callable[[], None]] = []
-        self._sequences: dict[int, Sequence] = {}
+        self._sequences: dict[tuple[int, int], Sequence] = {}  # by request id and answer
         self._in_flight: InFlight | None = None
         self._idle: IdleWork | None = None
         self._times = StepTimes()
@@ -74,6 +77,7 @@ class Engine:
         self._version = 1
         self._draft = draft
         self._runner = Runner(model, self.config, draft, observe=self._meter.compiled)
+        self._admission = Admission(model, self.config, draft)
         self._scheduler = self._new_scheduler()
         self._runner.compile_ahead(everything=warm_up)
         folder = Path(self.config.prefix_folder or cache_dir() / "prefixes")
@@ -87,13 +91,14 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ContextOverflow, InvalidRequest or ServerBusy; later faults go to the request's sink."""
-        sequence = self._checked(request)
+        self._runner.adapters.find(request.adapters)
+        sequences = self._admission.sequences(request)
         with self._wake:
             if self._closing or self._draining:
                 raise ServerBusy("the engine is shutting down")
             if len(self._scheduler.waiting) + len(self._inbox) >= self.config.max_queue:
                 raise ServerBusy("server busy, please try again.  maximum pending requests exceeded")
-            self._post(lambda: self._admit(sequence))
+            self._post(lambda: self._admit(sequences))
 
     def cancel(self, request_id: int) -> None:
         """Stop a request; its sink gets a last output, unless it has ended already."""
@@ -104,7 +109,8 @@ class Engine:
         """Text of one answer, piece by piece; closing the iterator cancels the request."""
         ids = self.model.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
         outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        request = Request(new_request_id(), tuple(ids), params or SamplingParams(), outputs.put)
+        params = dataclasses.replace(params or SamplingParams(), n=1)
+        request = Request(new_request_id(), tuple(ids), params, outputs.put)
         self.submit(request)
         try:
             while True:
@@ -231,8 +237,8 @@ class Engine:
             inbox, self._inbox = self._inbox, []
         for message in inbox:  # nobody waits for ever
             message()
-        for request_id in list(self._sequences):
-            self._end(request_id)
+        for sequence in list(self._sequences.values()):
+            self._end(sequence.request.id)
         if self._prefixes and self._version == 1:  # other weights than the file's are gone with the engine
             self._prefixes.keep(self._prefix_key(), self._scheduler, self._runner)
         self._runner.close()
@@ -250,6 +256,9 @@ class Engine:
         dispatched = self._dispatch(plan) if plan else None
         if self._in_flight:
             self._commit()
+        if dispatched and dispatched.out is None:  # now that the tokens before are known, masks can be made while the device works
+            self._current = plan
+            dispatched = self._sample(dispatched)
         self._in_flight = dispatched
 
     def _budget(self) -> int:
@@ -261,14 +270,19 @@ class Engine:
         return self._times.budget(self.config.target_inter_token_ms / 1000, decodes, self._max_step_tokens)
 
     def _dispatch(self, plan: Plan) -> InFlight:
-        bucket, out = self._runner.send(plan)
-        return InFlight(plan, bucket, time.perf_counter(), out)
+        step = InFlight(plan, *self._runner.send(plan), time.perf_counter())
+        return step if any(span.sequence.awaits_mask for span in plan) else self._sample(step)
+
+    def _sample(self, step: InFlight) -> InFlight:
+        samples = any(span.samples for span in step.plan)
+        return step._replace(out=self._runner.sample(step.plan, step.scores)) if samples else step
 
     def _commit(self) -> None:
         assert self._in_flight is not None
         step, self._in_flight = self._in_flight, None
         self._current = step.plan
-        rows = iter(np.asarray(step.out))  # waits for the device
+        rows = iter(()) if step.out is None else iter(np.asarray(step.out))
+        step.scores.block_until_ready()  # where nothing is sampled
         now = time.perf_counter()
         seconds = now - max(step.sent, self._last_read)
         self._times.observe(step.bucket, seconds)
@@ -278,8 +292,12 @@ class Engine:
         self._last_read = now
         self._counters["steps"] += 1
         self._counters["step_rows"] += len(step.plan)
+        at = 0  # of a span's tokens in the step
         for span in step.plan:
             sequence = span.sequence
+            if sequence.wants_prompt_logprobs:
+                sequence.score(span.start + 1, self._runner.score(step.hidden, at, span))
+            at += span.tokens
             self._counters["step_tokens"] += span.tokens
             if span.start < sequence.prompt_length:
                 self._counters["prompt_tokens"] += min(span.count, sequence.prompt_length - span.start)
@@ -289,6 +307,7 @@ class Engine:
     def _take(self, span: Span, rows: list[np.ndarray]) -> None:
         sequence = span.sequence
         sampled = [read_row(row, sequence.params.top_logprobs) for row in rows]
+        sequence.mu = read_mu(rows[0])
         accepted = sequence.accept([token for token, _ in sampled], [read for _, read in sampled[1:]])
         self._counters["drafted_tokens"] += len(span.guesses)
         self._counters["accepted_tokens"] += accepted
@@ -296,19 +315,21 @@ class Engine:
         if sequence.finish_reason:
             self._forget(sequence)
 
-    def _admit(self, sequence: Sequence) -> None:
-        try:
-            sequence.adapters = self._runner.adapters.find(sequence.request.adapters)
-        except InvalidRequest as error:  # it was removed since the request was checked
-            sequence.finish("error", error=str(error))
-            return
-        if sequence.max_tokens == 0:
-            sequence.finish("length")
-            return
-        self._sequences[sequence.request.id] = sequence
-        self._scheduler.add(sequence)
-        if sequence.request.deadline is not None:
-            heapq.heappush(self._deadlines, (sequence.request.deadline, sequence.request.id))
+    def _admit(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            request = sequence.request
+            try:
+                sequence.adapters = self._runner.adapters.find(request.adapters)
+            except InvalidRequest as error:  # it was removed since the request was checked
+                sequence.finish("error", error=str(error))
+                continue
+            if sequence.max_tokens == 0:
+                sequence.finish("length")
+                continue
+            self._sequences[request.id, sequence.index] = sequence
+            self._scheduler.add(sequence)
+            if request.deadline is not None:
+                heapq.heappush(self._deadlines, (request.deadline, request.id))
 
     def _expire(self) -> None:
         """End the requests whose time is over."""
@@ -317,12 +338,12 @@ class Engine:
             self._end(request_id, "timeout")
 
     def _end(self, request_id: int, reason: FinishReason = "cancelled") -> None:
-        if sequence := self._sequences.get(request_id):
+        for sequence in [s for s in self._sequences.values() if s.request.id == request_id]:
             sequence.finish(reason)
             self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        if self._sequences.pop(sequence.request.id, None):
+        if self._sequences.pop((sequence.request.id, sequence.index), None):
             self._scheduler.release(sequence)
 
     def _recover(self, error: Exception) -> None:
@@ -339,7 +360,7 @@ class Engine:
             log.exception("a step failed; its requests end, the engine goes on")
         for sequence in failed:
             sequence.finish("error", error=f"the engine failed: {error}")
-            self._sequences.pop(sequence.request.id, None)
+            self._sequences.pop((sequence.request.id, sequence.index), None)
         self._reset()
         for sequence in self._sequences.values():  # in the order of their arrival
             sequence.restart(unread_lost=True)
@@ -374,23 +395,3 @@ class Engine:
     def _post(self, message: Callable[[], None]) -> None:
         self._inbox.append(message)
         self._wake.notify()
-
-    def _checked(self, request: Request) -> Sequence:
-        size, limit = len(request.prompt_ids), self.config.max_context
-        if not size:
-            raise InvalidRequest("the prompt is empty")
-        if size >= limit:
-            raise ContextOverflow(f"the prompt is {size} tokens long, but the context window is {limit}; shorten it or raise num_ctx")
-        vocab = self.model.config.vocab_size
-        if wrong := [i for i in request.prompt_ids if not 0 <= i < vocab]:
-            raise InvalidRequest(f"token {wrong[0]} is outside the vocabulary of {vocab}")
-        self._runner.adapters.find(request.adapters)
-        constraint = self.model.constraint(request.params.grammar) if request.params.grammar else None
-        sequence = Sequence(request, self.model.tokenizer, limit, constraint)
-        sequence.speculation = self._speculation() if constraint is None else None
-        return sequence
-
-    def _speculation(self) -> Speculation | None:
-        if self._draft is not None:
-            return Speculation(Draft())
-        return Speculation(PromptLookup()) if self.config.prompt_lookup else None

@@ -47,11 +47,13 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A piece of an answer. The last piece of every request has a ``finish_reason`` and a ``usage``."""
+    """A piece of an answer. The last piece of every answer has a ``finish_reason`` and a ``usage``."""
 
+    index: int = 0  # of the answer, in a request for several
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt's tokens but the first; before the first piece of text
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
     usage: Usage | None = None

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tars_jax import sharding
@@ -14,11 +15,15 @@ from tars_jax.cache import gather_pages, scatter_pages
 from tars_jax.config import EngineConfig
 from tars_jax.engine.adapters import AdapterSlots
 from tars_jax.engine.programs import Programs
-from tars_jax.engine.scheduler import Plan
+from tars_jax.engine.request import TokenLogprob
+from tars_jax.engine.sampler import SampleBatches, read_row, run_sampler, run_scores
+from tars_jax.engine.scheduler import Plan, Span
 from tars_jax.engine.step import Batches, EngineState, buckets, init_state, run_draft, run_step
 from tars_jax.errors import InvalidRequest
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
+
+SCORED = 64  # tokens of a prompt scored at once
 
 
 class Weights(NamedTuple):
@@ -45,12 +50,14 @@ class Runner:
             _check_draft(model, draft, config)
         self._model, self._config, self._draft, self._observe = model, config, draft, observe
         self._mesh = sharding.make_mesh(config.tensor_parallel) if config.tensor_parallel > 1 else None
+        self._samples = SampleBatches(config.max_rows, model.config.vocab_size)
         self._state: EngineState
         self.reset()
         self.num_pages: int = self._state.cache.k.shape[0] // model.config.num_layers
         caches = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
         self.nbytes: int = model.nbytes + caches + (draft.nbytes if draft else 0)
         self._weights = self._with_programs(model.params, AdapterSlots())
+        self._samplers = Programs(partial(self._lower_sampler, _shape(self._state.tokens), _shape(self._state.mu)), observe)
 
     @property
     def adapters(self) -> AdapterSlots:
@@ -64,7 +71,9 @@ class Runner:
 
     def compile_ahead(self, *, everything: bool) -> None:
         """Compile in the background: the step of one token, and ``everything`` else after it."""
-        self._weights.steps.prepare([1, *(b for b in buckets(self._config) if b > 1 and everything)])
+        ahead = buckets(self._config) if everything else [1]
+        self._weights.steps.prepare(ahead)
+        self._samplers.prepare(sorted({self._weights.batches.layout(bucket).rows for bucket in ahead}))
 
     def compiled(self) -> list[int]:
         """Buckets whose step is ready, smallest first."""
@@ -73,16 +82,43 @@ class Runner:
     def stop_compiling(self) -> None:
         """Begin no further compilation in the background."""
         self._weights.steps.stop()
+        self._samplers.stop()
 
-    def send(self, plan: Plan) -> tuple[int, jax.Array]:
-        """Start a step, and before it the drafting of the guesses it is to check: its bucket, and its output to come."""
+    def send(self, plan: Plan) -> tuple[int, jax.Array, jax.Array]:
+        """Start a step, and before it the drafting of the guesses it is to check: its bucket, and to come the logits for `sample` and the
+        states for `score`."""
         now = self._weights
         if drafting := [span for span in plan if span.drafts]:
-            bucket, batch = now.batches.build_drafts(drafting)
-            self._state = now.drafts.get(bucket)(now.leaves, self._state, batch)
-        bucket, batch = now.batches.build(plan)
-        self._state, out = now.steps.get(bucket)(now.leaves, self._state, batch)
-        return bucket, out
+            bucket, numbers = now.batches.build_drafts(drafting)
+            samples = self._samples.build([dataclasses.replace(span, guesses=()) for span in drafting], now.batches.layout(bucket).rows)
+            self._state = now.drafts.get(bucket)(now.leaves, self._state, numbers, samples)
+        bucket, numbers = now.batches.build(plan)
+        self._state, scores, hidden = now.steps.get(bucket)(now.leaves, self._state, numbers)
+        return bucket, scores, hidden
+
+    def sample(self, plan: Plan, scores: jax.Array) -> jax.Array:
+        """Start the sampling of a plan that was sent, before the next one is: its output to come (`sampler.read_row`)."""
+        batch = self._samples.build(plan, scores.shape[0])
+        tokens, mu, out = self._samplers.get(scores.shape[0])(self._state.tokens, self._state.mu, scores, batch)
+        self._state = dataclasses.replace(self._state, tokens=tokens, mu=mu)
+        return out
+
+    def score(self, hidden: jax.Array, at: int, span: Span) -> list[TokenLogprob]:
+        """Log-probabilities of the prompt's tokens that follow those of a span, whose states stand in ``hidden`` from ``at`` on."""
+        sequence, now = span.sequence, self._weights
+        targets = np.asarray(sequence.request.prompt_ids[span.start + 1 : span.start + span.count + 1], np.int32)
+        states, scored = np.asarray(hidden)[at : at + len(targets)], list[TokenLogprob]()
+        strengths = np.zeros((SCORED, now.adapters.ranks), np.float32)
+        for share in sequence.adapters:
+            strengths[:, share.start : share.stop] += share.strength
+        for start in range(0, len(targets), SCORED):
+            part = slice(start, start + SCORED)
+            missing = SCORED - len(targets[part])
+            padded = np.pad(states[part], ((0, missing), (0, 0))), np.pad(targets[part], (0, missing))
+            out = run_scores(now.leaves, *padded, strengths, tree=now.tree, config=self._model.config)
+            rows = np.asarray(out)[: len(targets[part])]
+            scored += [read_row(row, sequence.params.prompt_logprobs or 0)[0] for row in rows]
+        return scored
 
     def prepared(self, params: Decoder | None = None, adapters: AdapterSlots | None = None) -> Weights:
         """Other parameters of the same model or other adapters, ready for `use`; if their tree has another structure (a first adapter),
@@ -132,17 +168,24 @@ class Runner:
         if self._mesh is not None:
             placed = sharding.shard(placed, self._model.config, self._mesh)
         leaves, tree = jax.tree.flatten((placed, self._draft.params if self._draft else None))
-        batches = Batches(self._config, self._model.config.vocab_size, adapters.ranks)
+        batches = Batches(self._config, adapters.ranks)
         draft = self._draft.config if self._draft else None
         fixed = {"tree": tree, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
         shapes = jax.tree.map(_shape, (leaves, self._state))  # not the arrays: programs outlive them
 
-        def lower(run: Any, bucket: int, **more: Any) -> jax.stages.Lowered:
-            return run.lower(*shapes, batches.empty(bucket), layout=batches.layout(bucket), **fixed, **more)
+        def lower(bucket: int) -> jax.stages.Lowered:
+            return run_step.lower(*shapes, batches.empty(bucket), layout=batches.layout(bucket), mesh=self._mesh, **fixed)
 
-        steps = Programs(partial(lower, run_step, mesh=self._mesh), self._observe)
-        drafts = Programs(partial(lower, run_draft), self._observe)
+        def lower_draft(bucket: int) -> jax.stages.Lowered:
+            layout = batches.layout(bucket)
+            return run_draft.lower(*shapes, batches.empty(bucket), self._samples.empty(layout.rows), layout=layout, **fixed)
+
+        steps, drafts = Programs(lower, self._observe), Programs(lower_draft, self._observe)
         return Weights(params, adapters, leaves, tree, batches, steps, drafts)
+
+    def _lower_sampler(self, tokens: jax.ShapeDtypeStruct, mu: jax.ShapeDtypeStruct, rows: int) -> jax.stages.Lowered:
+        scores = jax.ShapeDtypeStruct((rows, self._model.config.vocab_size), jnp.float32, sharding=tokens.sharding)
+        return run_sampler.lower(tokens, mu, scores, self._samples.empty(rows))
 
 
 def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -70,6 +70,8 @@ class Scheduler:
         """Plan one step of at most ``budget`` tokens, or of as many as a step may have; empty when nobody can advance now."""
         self._budget = min(budget or self.max_step_tokens, self.max_step_tokens)
         self._spans: dict[Sequence, Span] = {}
+        for sequence in [s for s in self.running if s.must_shift]:
+            self._put_back(sequence)
         self._make_room()
         for sequence in self._turns():
             if sequence.slot >= 0:  # not preempted meanwhile by an earlier one
@@ -138,7 +140,7 @@ class Scheduler:
         """Tokens to try after a decode's own. If that one is being sampled it is guessed too, and what follows it goes into the step."""
         if sequence.speculation is None or sequence.remaining != 1:
             return ()
-        left = sequence.max_tokens - (sequence.length - sequence.prompt_length) - 1
+        left = min(sequence.max_tokens + sequence.prompt_length, sequence.max_context) - sequence.length - 1
         room = min(self._room_for_guesses, self._budget - 1, left)
         if room <= 0:
             return ()
@@ -166,6 +168,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence if its first chunk finds pages; never at a running one's cost."""
+        if sequence.must_shift:
+            sequence.shift()
         if sequence.pending or not sequence.ready:
             return False
         self._begin(sequence)
@@ -187,7 +191,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         """Give a sequence the pages that earlier ones have filled with the same tokens."""
         pages: list[int] = []
-        if self._reuse:
+        if self._reuse and not sequence.wants_prompt_logprobs:
             root = (self.root, sequence.adapters) if sequence.adapters else self.root
             pages, sequence.node = self.pages.match(sequence.tokens, root)
         sequence.pages, sequence.shared = pages, len(pages)
@@ -206,6 +210,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
+        self._put_back(sequence)
+
+    def _put_back(self, sequence: Sequence) -> None:
         self._vacate(sequence)
         self.waiting.put_back(sequence)
 

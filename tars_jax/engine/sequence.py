@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from tars_jax.chat.splitters import MARKERS
+from tars_jax.engine.masks import Mask, ends_of
 from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
 from tars_jax.engine.speculation import Speculation
-from tars_jax.rows import pack_row
+from tars_jax.rows import FIELDS, pack_biases, pack_row
 from tars_jax.tokenizer import TextStream, Tokenizer
+
+MAX_SHIFTED = 10  # contexts an answer may fill by shifting, as in Ollama
 
 
 class Share(NamedTuple):
@@ -22,16 +25,6 @@ class Share(NamedTuple):
     strength: float
 
 
-class Constraint(Protocol):
-    """Which tokens may come next (see `tars_jax.grammar`)."""
-
-    def fill(self, allowed: np.ndarray) -> None:
-        """Write the allowed tokens' bits, uint32 [ceil(V / 32)]."""
-
-    def consume(self, token_id: int) -> None:
-        """Advance by one token."""
-
-
 class StopStrings:
     """Cuts text at the first stop string, and holds back what may become one."""
 
@@ -39,10 +32,10 @@ class StopStrings:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to show, and whether a stop string was found (the rest is then dropped)."""
-        if not self._stops:
-            return text, False
+    def push(self, text: str, *, stops: bool = True) -> tuple[str, bool]:
+        """Text that is safe to show, and whether a stop string was found (the rest is then dropped). ``stops``: look for one."""
+        if not (self._stops and stops):
+            return self.flush() + text, False
         text, self._held = self._held + text, ""
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -70,8 +63,8 @@ class Sequence:
     ``computed`` those that were sent to be written to the cache. A sequence can go into a step while computed < length.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, max_context: int, constraint: Constraint | None = None) -> None:
-        self.request, self.params = request, request.params
+    def __init__(self, request: Request, tokenizer: Tokenizer, max_context: int, *, mask: Mask | None = None, index: int = 0) -> None:
+        self.request, self.params, self.index = request, request.params, index
         self.tokens = list(request.prompt_ids)
         self.prompt_length = self.length = len(self.tokens)
         self.computed = 0
@@ -86,33 +79,52 @@ class Sequence:
         self.charged = 0  # tokens its client has paid for
         self.yielded = False  # whether it let others go first in the last step
         self.speculation: Speculation | None = None
-        self.constraint = constraint
         self.adapters: tuple[Share, ...] = ()
+        self.mask = mask
+        self.breakers: np.ndarray | None = None  # tokens that end DRY's repetitions, as bits
+        self.biases = pack_biases(self.params.logit_bias) if self.params.logit_bias else None
+        self.mu = 2 * self.params.mirostat_tau  # bits: where mirostat stands after the tokens read
         self.finish_reason: FinishReason | None = None
-        room = max_context - self.prompt_length
+        self.max_context = max_context
+        bos = bool(getattr(tokenizer, "add_bos", False))
+        self._num_keep = self.prompt_length if self.params.num_keep < 0 else self.params.num_keep + bos
+        room = MAX_SHIFTED * max_context if self.params.shift else max_context - self.prompt_length
         self.max_tokens = room if self.params.max_tokens is None else min(self.params.max_tokens, room)
-        self.seed = self.params.seed if self.params.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+        self._prompt_logprobs: list[TokenLogprob] = []
+        seed = self.params.seed if self.params.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+        self.seed = seed + index
         self.numbers = self._numbers(max_context)  # int32, how its tokens are sampled
-        self._ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else tokenizer.eog_ids)
+        self._ends = ends_of(self.params, tokenizer)
         self._text = TextStream(tokenizer, continues=True, keep=MARKERS)
         self._stops = StopStrings(self.params.stop)
         self.started = self.first_token = 0.0  # seconds, time.monotonic()
 
     def _numbers(self, max_context: int) -> np.ndarray:
         p = self.params
-        fields = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
-        return pack_row(
-            **{field: getattr(p, field) for field in fields},
-            window=max_context if p.repeat_last_n < 0 else p.repeat_last_n,
-            seed=self.seed & 0xFFFFFFFF,
-            top_logprobs=p.top_logprobs if p.logprobs else -1,
-            masked=self.constraint is not None,
-        )
+        same = {name: getattr(p, name) for name in FIELDS if hasattr(p, name)}
+        other = {
+            "window": max_context if p.repeat_last_n < 0 else p.repeat_last_n,
+            "dry_window": max_context if p.dry_penalty_last_n < 0 else p.dry_penalty_last_n,
+            "seed": self.seed & 0xFFFFFFFF,
+            "top_logprobs": p.top_logprobs if p.logprobs else -1,
+            "biased": self.biases is not None,
+        }
+        return pack_row(**{**same, **other})
 
     @property
     def order(self) -> tuple[int, int]:
         """Earlier requests go first within a priority."""
         return self.request.priority, self.request.id
+
+    @property
+    def produced(self) -> int:
+        """Tokens of the answer that were read."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether its token under way must be read before the next one can be sampled."""
+        return self.mask is not None and self.mask.depends and self.pending > 1
 
     @property
     def pending(self) -> int:
@@ -127,8 +139,8 @@ class Sequence:
     @property
     def ready(self) -> bool:
         """Whether the next step may include this sequence."""
-        exhausted = self.length - self.prompt_length >= self.max_tokens
-        must_be_read = (self.constraint is not None or self.guessed > 0) and self.pending > 0
+        exhausted = self.length - self.prompt_length >= self.max_tokens or self.length >= self.max_context
+        must_be_read = self.guessed > 0 and self.pending > 0
         return self.finish_reason is None and not exhausted and not must_be_read
 
     def advance(self, count: int, guessed: int = 0) -> bool:
@@ -140,6 +152,34 @@ class Sequence:
             return False
         self.length += 1
         return True
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt is still to be scored: then no part of it may come from the cache."""
+        return self.params.prompt_logprobs is not None and len(self._prompt_logprobs) < len(self.request.prompt_ids) - 1
+
+    def score(self, start: int, scored: SequenceOf[TokenLogprob]) -> None:
+        """Take the log-probabilities of the prompt's tokens from position ``start`` on; when they are complete they go to the sink."""
+        self._prompt_logprobs += scored[len(self._prompt_logprobs) + 1 - start :]
+        if not self.wants_prompt_logprobs and self.finish_reason is None:
+            self.request.sink(Output(index=self.index, prompt_logprobs=tuple(self._prompt_logprobs)))
+
+    @property
+    def must_shift(self) -> bool:
+        """Whether it can only go on in a window that has moved."""
+        return self.params.shift and self.finish_reason is None and not self.pending and len(self.tokens) >= self.max_context
+
+    def shift(self) -> None:
+        """Forget half of the tokens after those to keep; everything left is to be computed anew. ``prompt_length`` stays where the
+        answer began, now perhaps before the window."""
+        keep = min(self._num_keep, self.max_context - 2)
+        discard = max((len(self.tokens) - keep) // 2, 1)
+        del self.tokens[keep : keep + discard]
+        self.length -= discard
+        self.prompt_length -= discard
+        self.speculation = None  # it counts the tokens
+        self.seed += 0x9E3779B9  # positions come again: their noise must not
+        self.numbers = self._numbers(self.max_context)
 
     def restart(self, *, unread_lost: bool = False) -> None:
         """Forget what is on the device: pages and row were given away. ``unread_lost``: tokens not read yet will never be."""
@@ -175,14 +215,14 @@ class Sequence:
         if token_id in self._ends:
             self.finish("stop")
             return
-        if self.constraint is not None:
-            self.constraint.consume(token_id)
-        text, stopped = self._stops.push(self._text.push(token_id))
+        if self.mask is not None and self.mask.constraint is not None:
+            self.mask.constraint.consume(token_id)
+        text, stopped = self._stops.push(self._text.push(token_id), stops=self.produced >= self.params.min_tokens)
         logprobs = (logprob,) if self.params.logprobs else ()
-        self.request.sink(Output(text=text, token_ids=(token_id,), logprobs=logprobs))
+        self.request.sink(Output(index=self.index, text=text, token_ids=(token_id,), logprobs=logprobs))
         if stopped:
             self.finish("stop", flush=False)
-        elif len(self.tokens) - self.prompt_length >= self.max_tokens:
+        elif self.produced >= self.max_tokens:
             self.finish("length")
 
     def finish(self, reason: FinishReason, *, flush: bool = True, error: str | None = None) -> None:
@@ -191,7 +231,7 @@ class Sequence:
             return
         self.finish_reason = reason
         text = self._rest() if flush else ""
-        self.request.sink(Output(text=text, finish_reason=reason, error=error, usage=self._usage()))
+        self.request.sink(Output(index=self.index, text=text, finish_reason=reason, error=error, usage=self._usage()))
 
     def _rest(self) -> str:
         text, stopped = self._stops.push(self._text.flush())
@@ -202,8 +242,8 @@ class Sequence:
         started = self.started or now
         first = self.first_token or now
         return Usage(
-            prompt_tokens=self.prompt_length,
-            output_tokens=len(self.tokens) - self.prompt_length,
+            prompt_tokens=len(self.request.prompt_ids),
+            output_tokens=self.produced,
             cached_tokens=self.reused,
             queue_seconds=started - self.request.created,
             prefill_seconds=first - started,

@@ -1,4 +1,4 @@
-"""One step on the device: run the planned tokens, sample where a sequence's last token is among them.
+"""One step on the device: run the planned tokens, and the logits where a sequence's last token is among them.
 
 The device keeps each row's token history, so a decode's input token never visits the host between two steps.
 """
@@ -19,40 +19,29 @@ from tars_jax import kernels, sharding
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.engine.adapters import fill_scales
-from tars_jax.engine.request import TokenLogprob
+from tars_jax.engine.sampler import SampleBatch
 from tars_jax.engine.scheduler import Span
-from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.speculation import DRAFT_TOKENS, FROM_DEVICE
 from tars_jax.model import forward, logits
-from tars_jax.rows import FIELDS, pack_row
-from tars_jax.sampling import MAX_TOP_LOGPROBS, sample, unpack_rows
+from tars_jax.sample_rows import unpack_rows
+from tars_jax.sampling import sample
 
 
 @struct.dataclass
 class EngineState:
-    """What lives on the device between steps. tokens: int32 [max_rows, max_context], each slot's token history; draft: the draft
-    model's cache, in pages of the same numbers."""
+    """What lives on the device between steps. tokens: int32 [max_rows, max_context], each slot's token history; mu: float32
+    [max_rows], where mirostat stands in each; draft: the draft model's cache, in pages of the same numbers."""
 
     cache: KVCache
     tokens: jax.Array
+    mu: jax.Array
     draft: KVCache | None = None
-
-
-@struct.dataclass
-class StepBatch:
-    """Input of a step of T tokens and R rows, at most R of whose tokens are followed by a sampled one.
-
-    numbers: int32, everything small in one array, since each array handed to a program costs the host: see `Layout`.
-    allowed: uint32 [R, ceil(V / 32)], the sampled rows' masks.
-    """
-
-    numbers: jax.Array
-    allowed: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What stands where in a step's numbers."""
+    """What stands where in the input of a step of T tokens and R rows, at most R of whose tokens are followed by a sampled one. It is
+    one array of int32, since each array handed to a program costs the host."""
 
     tokens: int  # T
     rows: int  # R
@@ -70,7 +59,6 @@ class Layout:
             "page_tables": (R, self.pages),
             "slots": (R,),  # of each row in the token table; max_rows for padding
             "sample_at": (R,),  # tokens whose successor is sampled; T for padding
-            "samples": (R, len(FIELDS)),  # how, see `sampling.pack_row`
             "strengths": (R, self.ranks),  # of each row's adapters, float32 bits
         }
 
@@ -98,14 +86,15 @@ def init_state(config: ModelConfig, engine: EngineConfig, draft: ModelConfig | N
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     caches = [init_cache(c, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate) for c in (config, draft) if c]
     tokens = jnp.zeros((engine.max_rows, engine.max_context), jnp.int32, device=whole)
-    return EngineState(cache=caches[0], tokens=tokens, draft=caches[1] if draft else None)
+    mu = jnp.zeros(engine.max_rows, jnp.float32, device=whole)
+    return EngineState(cache=caches[0], tokens=tokens, mu=mu, draft=caches[1] if draft else None)
 
 
 @partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype", "mesh"), donate_argnames="state")
 def run_step(
     leaves: list[jax.Array],
     state: EngineState,
-    batch: StepBatch,
+    numbers: jax.Array,
     *,
     layout: Layout,
     tree: jax.tree_util.PyTreeDef,
@@ -113,13 +102,14 @@ def run_step(
     draft: ModelConfig | None,
     dtype: str,
     mesh: Mesh | None = None,
-) -> tuple[EngineState, jax.Array]:
-    """``(state, out)``: out is int32 [R, 3 + 2 * MAX_TOP_LOGPROBS], a row for each sampled token in their order, see `read_row`.
+) -> tuple[EngineState, jax.Array, jax.Array]:
+    """``(state, scores, hidden)``: scores are float32 [R, V], the logits of the tokens at ``sample_at`` in their order; hidden is [T, H],
+    the last layer's states.
 
     The parameters come as the leaves of ``tree``: flattening 300 of them anew for each step would cost a quarter of a millisecond.
     """
     params, draft_params = jax.tree.unflatten(tree, leaves)
-    parts = layout.split(batch.numbers)
+    parts = layout.split(numbers)
     ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
     max_rows, context = state.tokens.shape
     token_slots = jnp.where(ragged.positions < 0, max_rows, parts["slots"][ragged.rows])
@@ -133,24 +123,19 @@ def run_step(
     if draft is not None and state.draft is not None:  # what the model reads, its draft reads too
         _, draft_cache = forward(draft_params, draft, ragged, state.draft, context=context, dtype=jnp.dtype(dtype))
     at = parts["sample_at"]
-    slots = token_slots.at[at].get(mode="fill", fill_value=max_rows)
-    lengths = ragged.positions.at[at].get(mode="fill", fill_value=-1) + 1
-    history = tokens.at[slots].get(mode="fill", fill_value=0)
     params = fill_scales(params, strengths.at[at].get(mode="fill", fill_value=0))
     scores = logits(params, config, hidden.at[at].get(mode="fill", fill_value=0))
-    sampled = sample(scores, unpack_rows(parts["samples"], batch.allowed), history, lengths)
-    tokens = tokens.at[slots, lengths].set(sampled.tokens, mode="drop")
-    floats = jnp.concatenate([sampled.logprob[:, None], sampled.top_logprobs], axis=1)
-    read = ragged.tokens.at[at].get(mode="fill", fill_value=0)
-    numbers = [sampled.tokens[:, None], read[:, None], sampled.top_ids, jax.lax.bitcast_convert_type(floats, jnp.int32)]
-    return EngineState(cache=cache, tokens=tokens, draft=draft_cache), jnp.concatenate(numbers, axis=1)
+    if mesh is not None:
+        scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
+    return EngineState(cache=cache, tokens=tokens, mu=state.mu, draft=draft_cache), scores, hidden
 
 
 @partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype"), donate_argnames="state")
 def run_draft(
     leaves: list[jax.Array],
     state: EngineState,
-    batch: StepBatch,
+    numbers: jax.Array,
+    samples: SampleBatch,
     *,
     layout: Layout,
     tree: jax.tree_util.PyTreeDef,
@@ -161,10 +146,10 @@ def run_draft(
     """Let the draft model continue R rows of one token each, up to their ``kv_lengths``; what it says goes to the token table, where
     the next step finds it. It samples with the noise that the model's own tokens will get, so that the two often agree."""
     _, params = jax.tree.unflatten(tree, leaves)
-    parts = layout.split(batch.numbers)
+    parts = layout.split(numbers)
     ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
     max_rows, context = state.tokens.shape
-    rows = unpack_rows(parts["samples"], batch.allowed)
+    rows = unpack_rows(samples.numbers, samples.extras)
 
     def body(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         tokens, cache = carry
@@ -175,20 +160,12 @@ def run_draft(
             ragged, tokens=last, positions=positions, kv_lengths=jnp.where(active, positions + 1, jnp.minimum(ragged.kv_lengths, 1))
         )
         hidden, cache = forward(params, draft, now, cache, context=context, dtype=jnp.dtype(dtype))
-        history = tokens.at[slots].get(mode="fill", fill_value=0)
-        sampled = sample(logits(params, draft, hidden), rows, history, positions + 1)
+        scores = logits(params, draft, hidden)
+        sampled = sample(scores, dataclasses.replace(rows, slot=slots, length=positions + 1), tokens, state.mu)
         return tokens.at[slots, positions + 1].set(sampled.tokens, mode="drop"), cache
 
     tokens, cache = jax.lax.fori_loop(0, DRAFT_TOKENS, body, (state.tokens, state.draft))
-    return EngineState(cache=state.cache, tokens=tokens, draft=cache)
-
-
-def read_row(row: np.ndarray, wanted: int) -> tuple[TokenLogprob, int]:
-    """A row of `run_step`'s output: what was sampled, with ``wanted`` alternatives, and the token it was sampled after."""
-    token, ids = int(row[0]), row[2 : 2 + wanted]
-    floats = row[2 + MAX_TOP_LOGPROBS :].view(np.float32)
-    top = tuple(zip(ids.tolist(), floats[1 : 1 + wanted].tolist(), strict=True))
-    return TokenLogprob(token, float(floats[0]), top), int(row[1])
+    return dataclasses.replace(state, tokens=tokens, draft=cache)
 
 
 def bucket(count: int) -> int:
@@ -204,27 +181,30 @@ def buckets(engine: EngineConfig) -> list[int]:
 class Batches:
     """Makes the steps' inputs for one engine."""
 
-    def __init__(self, engine: EngineConfig, vocab_size: int, ranks: int = 0) -> None:
-        self._engine, self._mask_words, self._ranks = engine, -(-vocab_size // 32), ranks
+    def __init__(self, engine: EngineConfig, ranks: int = 0) -> None:
+        self._engine, self._ranks = engine, ranks
         self._empty: dict[int, np.ndarray] = {}
-        self._unmasked: dict[int, jax.Array] = {}  # stay on the device
 
     def layout(self, bucket: int) -> Layout:
         """Of a step of ``bucket`` tokens."""
         engine = self._engine
         return Layout(bucket, min(bucket, engine.max_rows), -(-engine.max_context // engine.page_size), self._ranks)
 
-    def empty(self, bucket: int) -> StepBatch:
+    def empty(self, bucket: int) -> np.ndarray:
         """Padding alone."""
-        numbers: Any = self._padding(bucket)
-        return StepBatch(numbers, self._no_masks(self.layout(bucket).rows))
+        if bucket not in self._empty:
+            layout = self.layout(bucket)
+            numbers = np.zeros(layout.size, np.int32)
+            parts = layout.split(numbers)
+            parts["positions"][:], parts["slots"][:], parts["sample_at"][:] = -1, self._engine.max_rows, bucket
+            self._empty[bucket] = numbers
+        return self._empty[bucket]
 
-    def build(self, plan: SequenceOf[Span]) -> tuple[int, StepBatch]:
-        """A plan's bucket and arrays. A fresh array every time: a step that is still running may read the last one."""
+    def build(self, plan: SequenceOf[Span]) -> tuple[int, np.ndarray]:
+        """A plan's bucket and numbers. A fresh array every time: a step that is still running may read the last one."""
         size = bucket(sum(span.tokens for span in plan))
-        layout, numbers = self.layout(size), self._padding(size).copy()
-        parts = layout.split(numbers)
-        masks: dict[int, Sequence] = {}
+        numbers = self.empty(size).copy()
+        parts = self.layout(size).split(numbers)
         at = sample = 0
         for r, span in enumerate(plan):
             _fill(parts, r, span, at)
@@ -232,42 +212,16 @@ class Batches:
             if span.samples:
                 count = 1 + len(span.guesses)
                 parts["sample_at"][sample : sample + count] = range(at - count, at)
-                parts["samples"][sample : sample + count] = span.sequence.numbers
-                if span.sequence.constraint is not None:
-                    masks[sample] = span.sequence
                 sample += count
         parts["query_starts"][len(plan) :] = at
-        allowed: Any = self._masks(layout.rows, masks) if masks else self._no_masks(layout.rows)
-        return size, StepBatch(numbers, allowed)  # type: ignore[arg-type]  # structs speak of device arrays
+        return size, numbers
 
-    def build_drafts(self, plan: SequenceOf[Span]) -> tuple[int, StepBatch]:
-        """Bucket and arrays of `run_draft` for spans that decode: the token of each row, and where its guesses end."""
-        size, batch = self.build([dataclasses.replace(span, guesses=()) for span in plan])
-        ends = self.layout(size).split(batch.numbers)["kv_lengths"]
+    def build_drafts(self, plan: SequenceOf[Span]) -> tuple[int, np.ndarray]:
+        """Bucket and numbers of `run_draft` for spans that decode: the token of each row, and where its guesses end."""
+        size, numbers = self.build([dataclasses.replace(span, guesses=()) for span in plan])
+        ends = self.layout(size).split(numbers)["kv_lengths"]
         ends[: len(plan)] += [len(span.guesses) for span in plan]
-        return size, batch
-
-    def _padding(self, bucket: int) -> np.ndarray:
-        if bucket not in self._empty:
-            layout = self.layout(bucket)
-            numbers = np.zeros(layout.size, np.int32)
-            parts = layout.split(numbers)
-            parts["positions"][:], parts["slots"][:], parts["sample_at"][:] = -1, self._engine.max_rows, bucket
-            parts["samples"][:] = pack_row()
-            self._empty[bucket] = numbers
-        return self._empty[bucket]
-
-    def _no_masks(self, rows: int) -> jax.Array:
-        if rows not in self._unmasked:
-            self._unmasked[rows] = jnp.zeros((rows, self._mask_words), jnp.uint32)
-        return self._unmasked[rows]
-
-    def _masks(self, rows: int, masks: dict[int, Sequence]) -> np.ndarray:
-        allowed = np.zeros((rows, self._mask_words), np.uint32)
-        for row, sequence in masks.items():
-            assert sequence.constraint is not None
-            sequence.constraint.fill(allowed[row])
-        return allowed
+        return size, numbers
 
 
 def _fill(parts: dict[str, Any], r: int, span: Span, at: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.chat import ChatTemplate
-from tars_jax.config import ModelConfig
+from tars_jax.config import GrammarKind, ModelConfig
 from tars_jax.errors import ContextOverflow, InvalidRequest
 from tars_jax.grammar import Constraint, GrammarCompiler
 from tars_jax.kernels import Tiled, untile
@@ -57,9 +57,9 @@ class Model:
         """The conversation as the model's own template writes it, ready for the answer."""
         return self.chat_template.render(messages, tools=tools, **variables)
 
-    def constraint(self, grammar: str) -> Constraint:
-        """A fresh matcher for "json" or a JSON schema. Raises InvalidRequest for what cannot be enforced."""
-        return self._grammars.compile(grammar)
+    def constraint(self, grammar: str, kind: GrammarKind = "json") -> Constraint:
+        """A fresh matcher for a grammar. Raises InvalidRequest for what cannot be enforced."""
+        return self._grammars.compile(grammar, kind)
 
     def logits(self, ids: Sequence[int], *, exact: bool = True) -> np.ndarray:
         """Logits after every token, float32 [T, V]. Raises InvalidRequest or ContextOverflow.

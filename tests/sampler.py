@@ -1,0 +1,60 @@
+"""The sampler as the tests use it: a row is a dictionary of what it wishes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tars_jax.rows import pack_biases, pack_row
+from tars_jax.sample_rows import Extras, unpack_rows
+from tars_jax.sampling import Sampled, sample
+
+VOCAB = 300
+Wish = dict[str, Any]  # fields of a row; and "allow", "breakers", "bias"
+run = jax.jit(sample)
+
+
+def extras(wishes: tuple[Wish, ...]) -> Extras:
+    def bits(name: str) -> np.ndarray:
+        words = np.zeros((len(wishes), -(-VOCAB // 32)), np.uint32)
+        for r, wish in enumerate(wishes):
+            for token in wish.get(name, ()):
+                words[r, token // 32] |= np.uint32(1 << (token % 32))
+        return words
+
+    biases = np.stack([pack_biases(tuple(wish.get("bias", {}).items())) for wish in wishes])
+    return Extras(jnp.asarray(bits("allow")), jnp.asarray(bits("breakers")), jnp.asarray(biases))
+
+
+def draw(logits: np.ndarray, *wishes: Wish, history: Any = None, lengths: Any = None, mu: Any = None) -> Sampled:
+    """history: one list of tokens per row, of which the first ``lengths`` count."""
+    count = len(wishes)
+    history = np.zeros((count, 8), np.int32) if history is None else np.asarray(history, np.int32)
+    lengths = [0] * count if lengths is None else lengths
+    mu = np.zeros(count, np.float32) if mu is None else np.asarray(mu, np.float32)
+    numbers = [
+        pack_row(
+            **{key: value for key, value in wish.items() if key not in ("allow", "breakers", "bias")},
+            slot=r,
+            length=int(lengths[r]),
+            masked="allow" in wish,
+            biased="bias" in wish,
+        )
+        for r, wish in enumerate(wishes)
+    ]
+    rows = unpack_rows(jnp.asarray(np.stack(numbers)), extras(wishes))
+    return run(jnp.asarray(logits, jnp.float32), rows, jnp.asarray(history), jnp.asarray(mu))
+
+
+def frequencies(logits: np.ndarray, wish: Wish, draws: int = 4000, **state: Any) -> np.ndarray:
+    """How often each token is drawn from one row of logits, over many seeds."""
+    wishes = [{**wish, "seed": seed} for seed in range(draws)]
+    repeated = {name: np.repeat(np.asarray(value), draws, 0) for name, value in state.items()}
+    tokens = draw(np.repeat(logits, draws, 0), *wishes, **repeated).tokens
+    return np.bincount(np.asarray(tokens), minlength=VOCAB) / draws
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
