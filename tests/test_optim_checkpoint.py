@@ -1,5 +1,6 @@
 """A search saved, loaded by another process and continued gives the bits of one that was never stopped."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,18 +29,20 @@ print(result.generations, result.x.tobytes().hex(), result.history.tobytes().hex
 """
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(programs: Path, *arguments: str) -> str:
+    """What a process prints; the processes of a test share their compiled programs."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs)}
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("optimizer", ["genetic", "hybrid"])
 def test_two_halves_in_two_processes_are_one_run_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "search.npz")
-    whole = run(optimizer, "whole")
-    assert run(optimizer, "half", path).startswith("20 ")
-    assert run(optimizer, "resume", path) == whole
+    path, programs = str(tmp_path / "search.npz"), tmp_path / "programs"
+    whole = run(programs, optimizer, "whole")
+    assert run(programs, optimizer, "half", path).startswith("20 ")
+    assert run(programs, optimizer, "resume", path) == whole
 
 
 def test_keys_and_every_dtype_come_back(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_bounds_hold_and_an_optimum_on_them_is_found(mode: Any) -> None:
 def test_masked_leaves_come_back_as_they_were() -> None:
     x0 = {"free": jnp.zeros(2), "held": jnp.array([7, 8])}
     ga = GeneticAlgorithm(pop_size=16, mask={"free": True, "held": False})
-    result = minimize(lambda x: sphere(x["free"]) + jnp.sum(x["held"]), x0, ga, budget=FIFTY)
+    result = minimize(lambda x: sphere(x["free"]) + jnp.sum(x["held"]).astype(jnp.float32), x0, ga, budget=FIFTY)
     assert result.x["held"].tolist() == [7, 8]
     assert result.fun == pytest.approx(15, abs=0.01)
 
