@@ -73,7 +73,8 @@ def stored_as(kind: BlockType, form: WeightForm, dtype: str) -> Storage:
     """How `build_params` keeps a matrix of this type."""
     if kind.dtype is None and form != "dense":
         scale_bits = 8 * np.dtype(kind.scale_dtype).itemsize
-        return Storage(kind.bits, kind.group, kind.affine, scale_bits, tiled=form == "tiled")
+        bits = kind.bits if form == "tiled" or kind.bits == 4 else 8  # a `QArray` holds 5 and 6 bits in a byte
+        return Storage(bits, kind.group, kind.affine, scale_bits, tiled=form == "tiled")
     if form == "tiled" and kind.dtype is not None and kind.dtype.name in DTYPES:
         return Storage(8 * kind.dtype.itemsize, tiled=True)
     return Storage(8 * jnp.dtype(dtype).itemsize)
