@@ -6,7 +6,7 @@ Sources: LLaMA arXiv 2302.13971, GQA arXiv 2305.13245, SwiGLU arXiv 2002.05202, 
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -134,13 +134,34 @@ def forward(
     axis over which heads and feed-forward are split; ``config`` then describes one device's part.
     """
     x = ops.take(params.embed, batch.tokens, dtype)
+    pages = cache.k.shape[0] // config.num_layers
+    return run_blocks(params.layers, config, x, batch, cache, pages=pages, context=context, axis=axis)
+
+
+def run_blocks(
+    layers: Sequence[Layer],
+    config: ModelConfig,
+    x: jax.Array,
+    batch: RaggedBatch,
+    cache: KVCache,
+    *,
+    pages: int,
+    context: int,
+    first: int = 0,
+    axis: str | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Neighbouring blocks, the model's ``first`` and those after it, on the states [T, D] that enter them. Otherwise as `forward`.
+
+    ``pages``: of the cache, for each layer. With 0 the layers use the same pages, one after the other, and a cache of one
+    layer is enough to run sequences that end with this batch.
+    """
     rotation = ops.rope_table(config, batch.positions, context)
     slots = write_slots(batch, cache.page_size)
-    pages = cache.k, cache.v
-    for i, layer in enumerate(params.layers):
-        first_page = jnp.int32(i * (cache.k.shape[0] // config.num_layers))
-        x, pages = _block(layer, config, x, rotation if _rotates(config, i) else None, slots, batch, pages, first_page, axis)
-    return x, KVCache(*pages)
+    kv = cache.k, cache.v
+    for i, layer in enumerate(layers, first):
+        turn = rotation if _rotates(config, i) else None
+        x, kv = _block(layer, config, x, turn, slots, batch, kv, jnp.int32(i * pages), axis)
+    return x, KVCache(*kv)
 
 
 # Jitted although it is only called under jit: layers of one structure are then traced and lowered once.

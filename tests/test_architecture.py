@@ -39,6 +39,7 @@ ORDER = [
     "tars_jax.hub",
     "tars_jax.engine",
     "tars_jax.perplexity",
+    "tars_jax.evolve",
     "tars_jax.bench",
     "tars_jax.load_test",
     "tars_jax",

@@ -1,11 +1,15 @@
 """Packed weights stand for the numbers they were packed from, and multiply like them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tars_jax import ops
 from tars_jax.errors import InvalidRequest
+from tars_jax.kernels import pack_tiles
 from tars_jax.ops import matmul, take
 from tars_jax.quant import LowRank, QArray, dequantize, pack, unpack
 
@@ -70,3 +74,32 @@ def test_codes_that_do_not_fit_are_refused() -> None:
 def test_columns_that_do_not_fill_a_group_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="groups of 32"):
         pack(np.zeros((1, 40), np.int8), np.ones((1, 1), np.float16), None, bits=8, group=32)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tiled", [True, False])
+def test_a_population_of_updates_takes_equal_runs_of_rows(shared: bool, tiled: bool) -> None:
+    base, dense = example(4, 32, True)
+    rng = np.random.default_rng(3)
+    a, b = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((3, 6, 2), (2, 64) if shared else (3, 2, 64)))
+    x = rng.normal(size=(12, 64)).astype(np.float32)
+    rows = [b if shared else b[n] for n in range(3)]
+    weight = LowRank(LowRank(pack_tiles(base) if tiled else base, a[0], rows[0], jnp.float32(0.1)), a, b, jnp.float32(0.5))
+    below = dense + 0.1 * np.asarray(a[0] @ rows[0])
+    expected = [x[4 * n : 4 * n + 4] @ (below + 0.5 * np.asarray(a[n] @ rows[n])).T for n in range(3)]
+    atol = 0.02 * max(np.abs(part).max() for part in expected) if tiled else 1e-3  # kernels round activations to 8 bits
+    np.testing.assert_allclose(matmul(jnp.asarray(x), weight), np.concatenate(expected), rtol=1e-4, atol=atol)
+
+
+def test_updates_on_tiled_weights_join_the_fused_products() -> None:
+    base, dense = example(8, 32, False)
+    rng = np.random.default_rng(4)
+    a, b, x, residual = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((2, 6, 3), (3, 64), (8, 64), (8, 6)))
+    norm = jnp.asarray(rng.uniform(0.5, 1.5, 64).astype(np.float32))
+    plain = LowRank(jnp.asarray(dense), a, b, jnp.float32(0.5))
+    tiled = dataclasses.replace(plain, base=pack_tiles(base))
+    for bias in (None, jnp.arange(6, dtype=jnp.float32)):
+        (expected,), (found,) = (ops.norm_linear(x, norm, 1e-5, [w], [bias]) for w in (plain, tiled))
+        np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02 * float(jnp.abs(expected).max()))
+        expected, found = (ops.linear_add(x, w, bias, residual) for w in (plain, tiled))
+        np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02 * float(jnp.abs(expected).max()))

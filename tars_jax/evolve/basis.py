@@ -1,0 +1,98 @@
+"""The directions of an evolved matrix's inputs: where the task stands out from other text.
+
+The gradient of a matrix lies in the span of its inputs, and of those that precede a completion only. So few directions are enough,
+and a search in them alone is smaller by K / r (EVA, arXiv 2410.07170, starts LoRA from the inputs' principal components). Directions
+that other text uses as much are left out, so that other text is left alone: the generalised eigenvectors of the two covariances.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tars_jax import ops
+from tars_jax.cache import RaggedBatch
+from tars_jax.config import ModelConfig
+from tars_jax.evolve.batches import score_batch
+from tars_jax.evolve.data import Example
+from tars_jax.evolve.scoring import blocks, trunk
+from tars_jax.model import Decoder, Layer
+
+RIDGE = 0.1  # of the mean variance, added to each: directions that the other text hardly uses are not told apart by noise
+
+
+def find_basis(
+    params: Decoder, config: ModelConfig, dtype: str, names: Sequence[str], rank: int, task: Sequence[Example], other: Sequence[Example]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Directions float32 [r, K] for the named matrices, block by block, each a bounded piece of work."""
+    layers = sorted({int(name.split(".")[1]) for name in names})
+    batch = score_batch([*task, *other])
+    owner = np.asarray(batch.owner)
+    at = np.asarray(batch.at)
+    places = at[owner < len(task)], at[(owner >= len(task)) & (owner < len(task) + len(other))]
+    x = trunk(params, batch.rows, config=config, dtype=dtype, first=layers[0])
+    yield {}
+    for i in range(layers[0], layers[-1] + 1):
+        first = i if config.no_rope_interval else 0  # else all blocks are one program
+        inputs, x = _inputs(params.layers[i], x, batch.rows, config=config, first=first)
+        kinds = [name for name in names if name.startswith(f"layers.{i}.")]
+        found: dict[str, np.ndarray] = {}
+        for source in {SOURCES[name.rpartition(".")[2]] for name in kinds}:
+            rows = np.asarray(inputs[source], np.float32)
+            found[source] = contrast(rows[places[0]], rows[places[1]], rank)
+        yield {name: found[SOURCES[name.rpartition(".")[2]]] for name in kinds}
+
+
+def contrast(task: np.ndarray, other: np.ndarray, rank: int) -> np.ndarray:
+    """Directions [r, K] in which ``task`` [n, K] has most energy for what ``other`` [m, K] has; each of root mean square 1.
+
+    They are ``C^-1 task.T`` times the eigenvectors of ``task C^-1 task.T``, with C the covariance of ``other`` and a ridge; its inverse is
+    written as that of an m x m matrix (Woodbury). Beyond n directions there is nothing to tell apart: the rest is drawn at random.
+    """
+    wanted, wide = task.astype(np.float64), other.astype(np.float64)
+    ridge = max(RIDGE * float(np.mean(wide**2)), 1e-12)
+    kernel = wide @ wide.T + ridge * len(wide) * np.eye(len(wide))
+    solved = (wanted - (wanted @ wide.T) @ np.linalg.solve(kernel, wide)) / ridge  # task C^-1, [n, K]
+    _, vectors = np.linalg.eigh(solved @ wanted.T)  # ascending
+    directions = vectors[:, ::-1][:, :rank].T @ solved
+    if len(directions) < rank:
+        rest = np.random.default_rng(0).standard_normal((rank - len(directions), task.shape[1]))
+        directions = np.concatenate([directions, rest])
+    return (directions / np.sqrt(np.mean(directions**2, axis=1, keepdims=True))).astype(np.float32)
+
+
+SOURCES = {"q": "attention", "k": "attention", "v": "attention", "o": "heads", "gate": "mlp", "up": "mlp", "down": "inner"}
+
+
+@partial(jax.jit, static_argnames=("config", "first"))
+def _inputs(layer: Layer, x: jax.Array, rows: RaggedBatch, *, config: ModelConfig, first: int) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Inputs [T, K] of a block's matrices, given the states [T, D] that enter it, and the states that leave it.
+
+    They are read off by running the block with other weights: without ``down`` what leaves it is the state between attention and
+    feed-forward, and with an identity for ``o`` the difference to what entered are the heads.
+    """
+
+    def run(**changes: jax.Array | None) -> jax.Array:
+        return blocks([dataclasses.replace(layer, **changes)], config, x, rows, first)
+
+    nothing = {"down": jnp.zeros((config.hidden_size, config.intermediate_size), x.dtype), "down_bias": None}
+    width, eps, norm = config.num_heads * config.head_dim, config.norm_eps, layer.mlp_norm
+    middle = run(**nothing)
+    shifted = [jnp.eye(config.hidden_size, width, at, dtype=x.dtype) for at in range(0, width, config.hidden_size)]
+    heads = jnp.concatenate([run(o=identity, o_bias=None, **nothing) - x for identity in shifted], axis=1)
+    biases = layer.gate_bias, layer.up_bias
+    if layer.gate is None:
+        (inner,) = ops.norm_linear(middle, norm, eps, (layer.up,), biases[1:], config.activation)
+    else:
+        inner = ops.gated(middle, norm, eps, layer.gate, layer.up, biases, config.activation)
+    inputs = {
+        "attention": ops.rms_norm(x, layer.attention_norm, eps),
+        "heads": lax.slice_in_dim(heads, 0, width, axis=1),
+        "mlp": ops.rms_norm(middle, norm, eps),
+        "inner": inner,
+    }
+    return inputs, run()

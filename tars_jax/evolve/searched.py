@@ -1,0 +1,95 @@
+"""Any optimizer of `tars_jax.optim` as a strategy: it searches a few numbers, the amounts of as many random directions.
+
+Genetic algorithms, annealing and Monte Carlo are at home in tens of dimensions, not in the hundred thousand of an adapter; where many
+directions lead to a better model, a random few of them do too (random embeddings: Wang et al. 2016, arXiv 1301.1942).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from tars_jax.evolve.settings import Settings
+from tars_jax.evolve.strategy import means
+from tars_jax.optim import GeneticAlgorithm, HybridOptimization, MonteCarlo, Optimizer, SimulatedAnnealing
+
+DIRECTIONS = 64
+OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
+    "genetic": GeneticAlgorithm,
+    "annealing": SimulatedAnnealing,
+    "montecarlo": MonteCarlo,
+    "hybrid": HybridOptimization,
+}
+
+
+@struct.dataclass
+class SearchedState:
+    """key: of the directions; start: float32 [D]; inner: the optimizer's state; asked: float32 [P, DIRECTIONS]."""
+
+    key: jax.Array
+    start: jax.Array
+    inner: Any
+    asked: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """An optimizer's population as updates. ``horizon``: generations that its schedules span."""
+
+    optimizer: Optimizer[Any]
+    horizon: int
+    same_examples: bool = True  # it compares fitness between generations
+
+    @property
+    def population(self) -> int:
+        return self.optimizer.pop_size
+
+    def init(self, key: jax.Array, start: jax.Array) -> SearchedState:
+        own, theirs = jax.random.split(key)
+        inner = self.optimizer.init(theirs, jnp.zeros(DIRECTIONS, jnp.float32), horizon=self.horizon)
+        asked, inner = _ask(self.optimizer, inner)
+        return SearchedState(own, start, inner, asked)
+
+    def members(self, state: SearchedState, first: int, count: int) -> jax.Array:
+        return _combined(state.key, state.start, lax.slice_in_dim(state.asked, first, first + count))
+
+    def reduce(self, fitness: np.ndarray) -> np.ndarray:
+        return means(fitness)
+
+    def tell(self, state: SearchedState, values: np.ndarray) -> SearchedState:
+        inner = _tell(self.optimizer, state.inner, state.asked, -jnp.asarray(values))
+        asked, inner = _ask(self.optimizer, inner)
+        return SearchedState(state.key, state.start, inner, asked)
+
+    def centre(self, state: SearchedState) -> jax.Array:
+        return _combined(state.key, state.start, self.optimizer.best(state.inner)[0][None])[0]
+
+
+def searched(settings: Settings) -> Searched:
+    """The strategy that the settings name; members first differ from the start by twice the settings' sigma."""
+    step = 2 * settings.sigma / DIRECTIONS**0.5
+    return Searched(OPTIMIZERS[settings.strategy](pop_size=settings.population, step=step), settings.horizon)
+
+
+@jax.jit
+def _combined(key: jax.Array, start: jax.Array, amounts: jax.Array) -> jax.Array:
+    """Start plus amounts [N, DIRECTIONS] of the directions: [N, D]. Directions are drawn again each time, never stored."""
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + amounts[:, i, None] * jax.random.normal(jax.random.fold_in(key, i), start.shape, jnp.float32)[None]
+
+    return lax.fori_loop(0, amounts.shape[1], add, jnp.tile(start, (amounts.shape[0], 1)))
+
+
+@jax.jit
+def _ask(optimizer: Optimizer[Any], state: Any) -> tuple[jax.Array, Any]:
+    return optimizer.ask(state)
+
+
+@jax.jit
+def _tell(optimizer: Optimizer[Any], state: Any, asked: jax.Array, values: jax.Array) -> Any:
+    return optimizer.tell(state, asked, values)[0]
