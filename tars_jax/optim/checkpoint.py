@@ -48,7 +48,7 @@ def load(path: str | Path, like: T) -> Checkpoint[T]:
     Raises CheckpointError where the file is damaged or belongs to another search.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             manifest = json.loads(str(file["manifest"]))
             stored = {name: file[name] for name in file.files if name != "manifest"}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -69,7 +70,8 @@ class EvolutionStrategy(Optimizer[EvolutionState]):
     def propose(self, state: EvolutionState, params: EvolutionParams) -> tuple[Array, EvolutionState]:
         half = normal(draw(state, (self.pop_size // 2, state.space.size)))
         z = jnp.concatenate([half, -half])
-        scheduled = 1.0 if self.sigma_schedule is None else self.sigma_schedule(state.generation)
+        with jax.numpy_dtype_promotion("standard"):
+            scheduled = 1.0 if self.sigma_schedule is None else self.sigma_schedule(state.generation)
         sigma = jnp.asarray(params.sigma * scheduled, z.dtype)
         x = state.mean[None] + sigma * state.space.step[None] * z
         mean = jnp.broadcast_to(state.mean[None], x.shape)
@@ -78,7 +80,8 @@ class EvolutionStrategy(Optimizer[EvolutionState]):
     def update(self, state: EvolutionState, x: Array, fitness: Array, params: EvolutionParams) -> tuple[EvolutionState, Info]:
         gradient = centred_ranks(fitness) @ state.z / (self.pop_size * state.sigma)
         unit_mean = state.mean / state.space.step
-        change, transform = self.solver.update(gradient, state.transform, unit_mean)
+        with jax.numpy_dtype_promotion("standard"):  # which optax counts on
+            change, transform = self.solver.update(gradient, state.transform, unit_mean)
         mean = jnp.clip((unit_mean + change) * state.space.step, state.space.lower, state.space.upper)
         state = replace(state, mean=mean, transform=transform)
         return state, summarise(state, x, fitness, fitness, state.sigma, jnp.ones_like(state.sigma))
@@ -91,4 +94,4 @@ def centred_ranks(fitness: Array) -> Array:
     """Fitness ``[N]`` as ranks in [-0.5, 0.5], the worst highest; equal values share theirs."""
     below = jnp.sum(fitness[None, :] < fitness[:, None], 1)
     equal = jnp.sum(fitness[None, :] == fitness[:, None], 1)
-    return (below + 0.5 * (equal - 1).astype(fitness.dtype)) / (fitness.shape[0] - 1) - 0.5
+    return (below.astype(fitness.dtype) + 0.5 * (equal - 1).astype(fitness.dtype)) / (fitness.shape[0] - 1) - 0.5

@@ -34,7 +34,8 @@ def polish(fitness: Callable[[Tree], Any], result: Result, optimizer: Optimizer[
         raise InvalidRequest("polish follows gradients: it needs a fitness of one individual that jax can trace")
     space = make_space(result.x, optimizer.bounds if optimizer else None, optimizer.mask if optimizer else None)
     start = space.flatten(result.x)
-    x, value, steps = _descend(Fitness(as_partial(fitness)), space, start, jnp.int32(max_steps))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax counts on
+        x, value, steps = _descend(Fitness(as_partial(fitness)), space, start, jnp.int32(max_steps))
     better = bool(value < result.fun)
     fun = float(value) if better else result.fun
     return Polished(space.unflatten(x) if better else result.x, fun, result.fun - fun, int(steps))
