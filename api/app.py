@@ -13,7 +13,8 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api import ollama
+from api import ollama, optimize
+from api.jobs import Jobs
 from api.middleware import AccessMiddleware, HostMiddleware, OriginMiddleware
 from api.models import Models
 from api.settings import Settings
@@ -37,6 +38,12 @@ ROUTES: tuple[tuple[str, tuple[str, ...], ollama.Handler], ...] = (
     ("/api/pull", ("POST",), ollama.pull),
     ("/api/copy", ("POST",), ollama.copy),
     ("/api/delete", ("DELETE",), ollama.delete),
+    ("/api/optimize", ("POST",), optimize.optimize),
+    ("/api/optimize", ("GET",), optimize.jobs),
+    ("/api/optimize/{id}", ("GET",), optimize.job),
+    ("/api/optimize/{id}", ("DELETE",), optimize.stop),
+    ("/api/versions", ("GET",), optimize.versions),
+    ("/api/versions/rollback", ("POST",), optimize.roll_back),
 )
 
 
@@ -47,6 +54,7 @@ def create_app(
     settings = settings or Settings.from_environ()
     models = models or Models(store or Store(settings.models), settings)
     models.telemetry.watch(models.loaded, models.waiting, models.responses)
+    jobs = Jobs(models)
     app = Starlette(
         routes=[_route(path, methods, handler) for path, methods, handler in ROUTES],
         middleware=[
@@ -56,10 +64,10 @@ def create_app(
             Middleware(OriginMiddleware, origins=settings.origins),
         ],
         exception_handlers={404: _not_found, 405: _method_not_allowed, Exception: _failed},
-        lifespan=functools.partial(_lifespan, models),
+        lifespan=functools.partial(_lifespan, models, jobs),
     )
     app.router.redirect_slashes = False  # its redirects are all 307
-    app.state.models, app.state.pull = models, pull or _pull
+    app.state.models, app.state.jobs, app.state.pull = models, jobs, pull or _pull
     return app
 
 
@@ -70,10 +78,11 @@ def _route(path: str, methods: tuple[str, ...], handler: ollama.Handler) -> Rout
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(models: Models, app: Starlette) -> AsyncIterator[None]:
+async def _lifespan(models: Models, jobs: Jobs, app: Starlette) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        await jobs.close()
         await models.close()
 
 

@@ -22,8 +22,9 @@ from api.settings import Settings
 from api.telemetry import Telemetry
 from tars_jax.config import EngineConfig
 from tars_jax.engine.responses import ResponseCache
+from tars_jax.engine.versions import Versions
 from tars_jax.errors import ServerBusy
-from tars_jax.store import Store, StoredModel
+from tars_jax.store import ModelName, Store, StoredModel
 
 if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
@@ -64,6 +65,7 @@ class Loaded:
     stored: StoredModel
     num_ctx: int  # tokens asked for
     keep_alive: float  # seconds
+    versions: Versions
     model: "Model" = dataclasses.field(init=False)
     engine: "Engine" = dataclasses.field(init=False)
     is_ready: bool = False
@@ -111,6 +113,7 @@ class Models:
         self.responses = ResponseCache(self.settings.response_cache_bytes, self.settings.response_cache_ttl)
         self._load, self._make_engine = load, make_engine
         self._entries: list[Loaded] = []
+        self._versions: dict[tuple[ModelName, str], Versions] = {}  # they outlive a stay in memory
         self._one_load = asyncio.Lock()
         self._relay: Relay | None = None
         self._is_closed = False
@@ -145,6 +148,16 @@ class Models:
     def loaded(self) -> list[Loaded]:
         """Models in memory, longest remaining time first."""
         return sorted((entry for entry in self._entries if entry.is_ready), key=Loaded.seconds_left, reverse=True)
+
+    def versions(self, stored: StoredModel) -> Versions:
+        """The weights this model has been served with, by this server."""
+        return self._versions.setdefault((stored.name, stored.digest), Versions())
+
+    def context_of(self, name: str) -> int | None:
+        """The context with which a model is in memory, or coming there: whoever asks for the same disturbs nobody. None: it is not."""
+        stored = self.store.find(name)
+        entries = [entry for entry in self._entries if entry.stored.name == stored.name and not entry.is_closing]
+        return entries[0].num_ctx if entries else None
 
     def waiting(self) -> int:
         """Requests that wait for a load."""
@@ -183,7 +196,7 @@ class Models:
             for other in self._entries:
                 if other.stored.name == stored.name:
                     other.is_closing = True  # the new one takes its place
-            entry = Loaded(stored, num_ctx, self.settings.keep_alive)
+            entry = Loaded(stored, num_ctx, self.settings.keep_alive, self.versions(stored))
             self._entries.append(entry)
             entry.loading = asyncio.create_task(self._bring_in(entry))
             entry.loading.add_done_callback(_retrieve)
@@ -236,7 +249,9 @@ class Models:
         config = self.settings.engine(entry.num_ctx)
         model = self._load(entry.stored, self.store, config)
         context = min(entry.num_ctx, model.config.context_length)
-        return model, self._make_engine(model, dataclasses.replace(config, max_context=context))
+        engine = self._make_engine(model, dataclasses.replace(config, max_context=context))
+        entry.versions.serve(engine)
+        return model, engine
 
     async def _make_room(self, newcomer: Loaded) -> None:
         for other in [other for other in self._entries if other.is_ready and other.stored.name == newcomer.stored.name]:

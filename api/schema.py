@@ -173,3 +173,36 @@ class CopyRequest:
 
     source: str = ""
     destination: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizeRequest(_Named):
+    """POST /api/optimize"""
+
+    data: tuple[dict[str, Any], ...] = ()
+    eval: tuple[dict[str, Any], ...] = ()  # none: a fifth of the data is held out
+    strategy: str = "eggroll"
+    fitness: str = "label"
+    layers: str = "last:6"
+    population: int = 32
+    batch: int | None = None  # None: as many as make a short slice
+    rank: int = 4
+    sigma: float = 0.02
+    lr: float = 0.02
+    momentum: float = 0.0
+    decay: float = 0.0
+    generations: int | None = None
+    seconds: float = 120.0
+    target: float = 1.0
+    max_new_tokens: int = 32
+    seed: int = 0
+    accept: str = "auto"
+    stream: bool = True
+    keep_alive: Annotated[float | None, Json(read=read_keep_alive)] = None  # seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RollbackRequest(_Named):
+    """POST /api/versions/rollback"""
+
+    version: int | None = None

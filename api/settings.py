@@ -132,6 +132,7 @@ VARIABLES = (
         "TARS_RESPONSE_CACHE_SHARED", "response_cache_shared", _boolean, "give an answer to other clients than the one it was made for"
     ),
     Variable("TARS_TRUSTED_PROXIES", "trusted_proxies", _networks, "comma-separated addresses whose X-Forwarded-For is believed"),
+    Variable("TARS_OPTIMIZATION", "optimization", _boolean, "let clients evolve the models that are served (default on)"),
     Variable("OLLAMA_DEBUG", "debug", _debug, "0 information, 1 debug"),
     Variable("OLLAMA_NOHISTORY", "no_history", _boolean, "do not keep the prompt history of interactive chats"),
 )
@@ -156,6 +157,7 @@ class Settings:
     response_cache_ttl: float = 3600.0  # seconds; infinite: forever
     response_cache_shared: bool = False  # between API keys, or addresses of clients without one
     trusted_proxies: tuple[str, ...] = ()  # addresses and networks
+    optimization: bool = True
     debug: int = 0
     no_history: bool = False
 

@@ -143,15 +143,16 @@ class Engine:
             **{**self._counters, **self._meter.numbers()},
         )
 
-    def swap(self, params: Decoder) -> int:
-        """Serve other weights from the next step on, and return their version. No stream is dropped: those under way keep what
-        they have in the cache and go on with the new weights; adapters stay.
+    def swap(self, params: Decoder, version: int | None = None) -> int:
+        """Serve other weights from the next step on, and return their version: the next number, or ``version``, one that this engine
+        has not had. No stream is dropped: those under way keep what they have in the cache and go on with the new weights; adapters
+        stay.
 
         If the parameter tree has changed its structure, the steps compiled so far are compiled for the new one before anything
         changes; the caller waits, the engine goes on. Raises InvalidRequest for weights of another model.
         """
         with self._changing:
-            self._use(self._runner.prepared(params), self._version + 1)
+            self._use(self._runner.prepared(params), self._version + 1 if version is None else version)
             return self._version
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:

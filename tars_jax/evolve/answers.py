@@ -16,11 +16,14 @@ from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder, forward, logits
 
 
-def answers(params: Decoder, model: Model, prompts: Sequence[Sequence[int]], *, members: int, max_tokens: int) -> list[list[str]]:
-    """What each of ``members`` members (`LowRank` leaves of that many factors, or plain ones for 1) writes after each prompt."""
-    total = sum(map(len, prompts))
-    filler = [0] * (round_up(total + 1) - total)  # a sequence of its own, whose answer nobody reads
-    rows = layout([*prompts, filler], room=max_tokens)
+def answers(
+    params: Decoder, model: Model, prompts: Sequence[Sequence[int]], *, members: int, max_tokens: int, least: int = 0
+) -> list[list[str]]:
+    """What each of ``members`` members (`LowRank` leaves of that many factors, or plain ones for 1) writes after each prompt. As many
+    prompts of fewer than ``least`` tokens in all are one program."""
+    total, least = sum(map(len, prompts)), round_up(least)
+    filler = [0] * (max(least, round_up(total + 1)) - total)  # a sequence of its own, whose answer nobody reads
+    rows = layout([*prompts, filler], room=max_tokens, pages=round_up(-(-(least + max_tokens) // PAGE), 1) if least else 0)
     ends = jnp.asarray(sorted(model.tokenizer.eog_ids), jnp.int32)
     tokens = _decode(params, rows, ends, config=model.config, dtype=model.dtype, members=members, steps=max_tokens)
     found = np.asarray(tokens).reshape(max_tokens, members, -1)[:, :, :-1]

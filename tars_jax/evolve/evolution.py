@@ -23,7 +23,7 @@ from tars_jax.errors import InvalidRequest
 from tars_jax.evolve import space as spaces
 from tars_jax.evolve.answers import answers
 from tars_jax.evolve.basis import find_basis
-from tars_jax.evolve.batches import ScoreBatch, round_up, score_batch
+from tars_jax.evolve.batches import ScoreBatch, Sizes, round_up, score_batch, sizes_for
 from tars_jax.evolve.data import Example
 from tars_jax.evolve.evaluation import Evaluation, general_text, summarise, text_examples
 from tars_jax.evolve.fitness import Fitness, parse_fitness
@@ -74,9 +74,12 @@ class Evolution:
         strategy: Strategy | None = None,
         fitness: Fitness | None = None,
         other: str | None = None,
+        slice_tokens: int | None = None,
     ) -> None:
         """``params``: instead of the model's own, e.g. with an adapter. ``strategy``, ``fitness``: instead of those the settings name.
-        ``other``: text whose loss must not rise, instead of `general_text`. Raises InvalidRequest."""
+        ``other``: text whose loss must not rise, instead of `general_text`. ``slice_tokens``: bounds every piece of work, one pair of
+        members or one example at least, instead of `SLICE_TOKENS` and `HELD_TOKENS`; all batches then have the same shapes, so that
+        nothing is compiled once a generation and an evaluation have been through. Raises InvalidRequest."""
         self.model, self.settings, self.examples = model, settings, list(examples)
         self.params = model.params if params is None else params
         self.strategy = strategy or make_strategy(settings)
@@ -90,6 +93,7 @@ class Evolution:
         self.basis_examples = self.examples[:: -(-len(self.examples) // BASIS_EXAMPLES)]
         self._basis_text, self._general = chunks[::2], chunks[1::2]
         self._batch_size = min(settings.batch, len(self.examples))
+        self._slice_tokens = slice_tokens
         self._space: Space | None = None
         self._trunk: tuple[int, tuple[list[Example], ScoreBatch, jax.Array]] | None = None
 
@@ -202,12 +206,13 @@ class Evolution:
 
     def _batches(self, examples: Sequence[Example]) -> list[tuple[list[Example], ScoreBatch, jax.Array]]:
         """Batches of one size, the last filled up with the first examples."""
-        size = min(max(HELD_TOKENS // max(map(len, examples)), 1), len(examples))
+        size = min(max((self._slice_tokens or HELD_TOKENS) // max(map(len, examples)), 1), len(examples))
         whole = [*examples, *(examples[i % len(examples)] for i in range(-len(examples) % size))]
-        return [self._laid_out(whole[i : i + size]) for i in range(0, len(whole), size)]
+        sizes = sizes_for(examples, size) if self._slice_tokens else Sizes()
+        return [self._laid_out(whole[i : i + size], sizes) for i in range(0, len(whole), size)]
 
-    def _laid_out(self, examples: list[Example], tokens: int = 0) -> tuple[list[Example], ScoreBatch, jax.Array]:
-        batch = score_batch(examples, tokens=tokens)
+    def _laid_out(self, examples: list[Example], sizes: Sizes) -> tuple[list[Example], ScoreBatch, jax.Array]:
+        batch = score_batch(examples, sizes)
         config, dtype = self.model.config, self.model.dtype
         return examples, batch, trunk(self.params, batch.rows, config=config, dtype=dtype, first=self._first)
 
@@ -216,18 +221,20 @@ class Evolution:
         turn = 0 if self.strategy.same_examples else generation
         if self._trunk is None or self._trunk[0] != turn:
             chosen = np.random.default_rng([self.settings.seed, turn]).choice(len(self.examples), self._batch_size, replace=False)
-            self._trunk = turn, self._laid_out([self.examples[i] for i in chosen], self._usual_tokens())
+            self._trunk = turn, self._laid_out([self.examples[i] for i in chosen], self._usual_sizes())
         return self._trunk[1]
 
-    def _usual_tokens(self) -> int:
-        """Tokens that nearly all batches fit in: they then have one shape, and one program."""
+    def _usual_sizes(self) -> Sizes:
+        """Sizes that nearly all batches fit in, or all: they then have one shape, and one program."""
+        if self._slice_tokens:
+            return sizes_for(self.examples, self._batch_size)
         lengths = np.array([len(example) - 1 for example in self.examples])
-        return round_up(int(self._batch_size * lengths.mean() + 2 * self._batch_size**0.5 * lengths.std()))
+        return Sizes(tokens=round_up(int(self._batch_size * lengths.mean() + 2 * self._batch_size**0.5 * lengths.std())))
 
     def _slice(self, batch: ScoreBatch) -> int:
         """Members scored in one step: a divisor of the population, so that all slices are one program."""
         population = self.strategy.population
-        fits = self.settings.slice or max(SLICE_TOKENS // batch.rows.tokens.shape[0], 2)
+        fits = self.settings.slice or max((self._slice_tokens or SLICE_TOKENS) // batch.rows.tokens.shape[0], 2)
         return max(count for count in range(2, min(fits, population) + 1, 2) if population % count == 0)
 
     def _score(self, params: Decoder, batch: ScoreBatch, states: jax.Array, members: int) -> Scores:
@@ -241,7 +248,9 @@ class Evolution:
         scores: Any = self._score(params, batch, states, members) if scorer is None or members == 1 else None
         if scorer is None:
             return np.asarray(scores.exact if self.fitness.kind == "exact" else scores.log_probability), scores
-        texts = answers(params, self.model, [e.prompt for e in examples], members=members, max_tokens=self.settings.max_new_tokens)
+        least = batch.rows.tokens.shape[0] + 1 if self._slice_tokens else 0
+        prompts, limit = [e.prompt for e in examples], self.settings.max_new_tokens
+        texts = answers(params, self.model, prompts, members=members, max_tokens=limit, least=least)
         values = [[scorer(t, e.prompt_text, e.completion_text) for t, e in zip(row, examples, strict=True)] for row in texts]
         return np.asarray(values, np.float32), scores
 
