@@ -160,8 +160,8 @@ def test_the_temperature_starts_where_the_mean_rise_has_its_acceptance_and_falls
 
 def test_annealing_reheats_a_bounded_number_of_times() -> None:
     optimizer = SimulatedAnnealing(pop_size=8, max_reheats=2)
-    state = optimizer.init(0, jnp.ones(2), horizon=60)
-    for _ in range(60):
+    state = optimizer.init(0, jnp.ones(2), horizon=80)
+    for _ in range(80):
         x, state = optimizer.propose(state, optimizer.params)
         state, _ = optimizer.learn(state, x, jnp.sum(x**2, 1) + jnp.where(state.generation > 5, 100.0, 0.0))
     assert int(state.reheats) == 2

@@ -136,7 +136,7 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         factor = jnp.exp(params.step_rate * (jnp.mean(accepted, 1) - params.acceptance) / (1 - params.acceptance))
         sigma = jnp.where(jnp.isinf(state.fitness), state.sigma, state.sigma * factor)
         state = replace(state, x=jnp.where(taken[:, None], x[rows, drawn], state.x), fitness=held, sigma=sigma)
-        state = self._reheated(self._exchanged(state, before, u[:, -1], params), params)
+        state = self._reheated(self._exchanged(state, before, u[:, -1], params), told, params)
         return state, summarise(state, state.x, held, told, jnp.mean(sigma), jnp.mean(accepted))
 
     def _temperatures(self, state: AnnealingState, params: AnnealingParams) -> Array:
@@ -149,9 +149,8 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         uphill = jnp.isfinite(rise) & (rise > 0)
         mean_rise = jnp.sum(jnp.where(uphill, rise, 0)) / jnp.maximum(jnp.sum(uphill), 1).astype(rise.dtype)
         scale = jnp.where(jnp.any(uphill), mean_rise, _mean_deviation(fitness))
-        planned = jnp.maximum(params.cooling_share * (state.horizon - state.began).astype(scale.dtype), 1)
-        age = (state.generation - state.began).astype(scale.dtype)
-        progress = jnp.minimum(age / planned, 1)
+        age = (state.generation - state.began - 1).astype(scale.dtype)
+        progress = jnp.minimum(age / _cooling_time(state, params), 1)
         hot, cold = jnp.log(params.initial_acceptance), jnp.log(params.final_acceptance)
         measured = -scale / (hot + progress * (cold - hot))
         first = jnp.where(jnp.isinf(state.temperature), measured, state.first_temperature)
@@ -182,10 +181,11 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         sigma = state.sigma[chosen] if self.exchange == "resample" else state.sigma
         return replace(state, x=state.x[chosen], fitness=state.fitness[chosen], sigma=sigma)
 
-    def _reheated(self, state: AnnealingState, params: AnnealingParams) -> AnnealingState:
-        """After a while without a better individual: a measured temperature again, and larger steps; at most ``max_reheats`` times."""
-        improved = jnp.where(jnp.any(state.fitness <= state.best_f), state.generation, state.improved)
-        still = (state.generation - jnp.maximum(improved, state.began)).astype(state.x.dtype)
+    def _reheated(self, state: AnnealingState, told: Array, params: AnnealingParams) -> AnnealingState:
+        """Cold, and a while without a better individual: a measured temperature again, and larger steps; at most ``max_reheats`` times."""
+        improved = jnp.where(jnp.any(told <= state.best_f), state.generation, state.improved)
+        cold = state.began.astype(told.dtype) + _cooling_time(state, params)
+        still = state.generation.astype(told.dtype) - jnp.maximum(improved.astype(told.dtype), cold)
         due = (still > params.patience * state.horizon.astype(still.dtype)) & (state.reheats < self.max_reheats)
         return replace(
             state,
@@ -200,6 +200,11 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         """The chains. Recombining mu parents allows steps mu times as long: Beyer, The Theory of Evolution Strategies (2001)."""
         step = jnp.minimum(jnp.mean(state.sigma) * self.pop_size / 2, jnp.maximum(jnp.max(state.sigma), 1))
         return Start(state.x, state.fitness, step)
+
+
+def _cooling_time(state: AnnealingState, params: AnnealingParams) -> Array:
+    """Generations from the start of a cooling to its end."""
+    return jnp.maximum(params.cooling_share * (state.horizon - state.began).astype(state.x.dtype), 1)
 
 
 def _mean_deviation(fitness: Array) -> Array:

@@ -26,7 +26,9 @@ from tars_jax.optim.space import Space, Tree, make_space
 
 STAGES: tuple[Optimizer[Any], ...] = (GeneticAlgorithm(), SimulatedAnnealing(), MonteCarlo())
 LIMITS_MS = (5.0, 3.0, 2.0)  # of the stages: GA, SA, MC
-CALIBRATION = 15  # calls timed
+CALIBRATION = 11  # calls timed
+MAX_GENERATIONS = 1024  # of a stage in a cycle
+IMMIGRANTS_STREAM, IMMIGRANTS_DECADES = 3, 3.0
 HEADROOM = 0.6  # share of a limit that is planned, so that the slow cycles stay within it too
 
 
@@ -109,18 +111,24 @@ class Cycles:
         return programs
 
     def _calibrated(self, index: int, limit_ms: float) -> int:
-        """Generations that fit into HEADROOM of a limit: from the times of few and of many, the overhead of a call apart."""
-        times = {}
-        for generations in (1, 9):
-            samples = []
-            for _ in range(CALIBRATION):
-                start = self._start_of(index)
-                began = time.perf_counter()
-                self._run_stage(index, start, generations)
-                samples.append((time.perf_counter() - began) * 1e3)
-            times[generations] = float(np.median(samples))
-        each = max((times[9] - times[1]) / 8, 1e-3)
-        return max(1, int((HEADROOM * limit_ms - times[1]) / each) + 1)
+        """Generations that fit into HEADROOM of a limit: doubled while they do, then cut until they do."""
+        generations, took = 1, self._time_stage(index, 1)
+        while took <= HEADROOM * limit_ms / 2 and generations < MAX_GENERATIONS:
+            generations, took = 2 * generations, self._time_stage(index, 2 * generations)
+        while took > HEADROOM * limit_ms and generations > 1:
+            generations = max(1, min(generations - 1, int(generations * HEADROOM * limit_ms / took)))
+            took = self._time_stage(index, generations)
+        return generations
+
+    def _time_stage(self, index: int, generations: int) -> float:
+        """Milliseconds that a stage takes, the median of CALIBRATION calls."""
+        samples = []
+        for _ in range(CALIBRATION):
+            start = self._start_of(index)
+            began = time.perf_counter()
+            self._run_stage(index, start, generations)
+            samples.append((time.perf_counter() - began) * 1e3)
+        return float(np.median(samples))
 
     def _start_of(self, index: int) -> Start:
         """Something for a stage to start from: what the stages before it hand on after one generation."""
@@ -138,11 +146,11 @@ def _stage(
     ``numbers``: of the call, and of its generations. The first stage evaluates its population anew, with the best of all in it.
     """
     call, generations = numbers
+    key = jax.random.fold_in(key, call)
     if first:
-        x = start.x.at[-1].set(best)
+        x = _renewed(space, start.x, best, key)
         start = Start(x, ranked_last(fitness(space, x)), start.step)
-    tree = space.unflatten(best)
-    state = begin(optimizer, optimizer.params, space, tree, jax.random.fold_in(key, call), generations, start)
+    state = begin(optimizer, optimizer.params, space, space.unflatten(best), key, generations, start)
 
     def generation(_: int, state: Any) -> Any:
         x, state = optimizer.propose(state, optimizer.params)
@@ -151,3 +159,15 @@ def _stage(
     state = lax.fori_loop(0, generations, generation, state)
     handed = optimizer.hand_over(state)
     return (jax.tree.map(jnp.copy, handed) if first else None), handed, state.best_x, state.best_f
+
+
+def _renewed(space: Space, x: Array, best: Array, key: Array) -> Array:
+    """A population ``[N, d]``, best first, made ready for data that may have changed (Grefenstette, Genetic Algorithms for Changing
+    Environments, 1992): the worse half gives way to ``best`` and immigrants around it, at distances of all sizes up to the initial steps.
+    """
+    half = x.shape[0] // 2
+    u = unit(jax.random.fold_in(key, IMMIGRANTS_STREAM), (half, x.shape[1] + 1), x.dtype)
+    parent = jnp.broadcast_to(best[None], (half, best.size))
+    away = space.step[None] * 10 ** (-IMMIGRANTS_DECADES * u[:, :1]) * normal(u[:, 1:])
+    newcomers = space.confine(key, parent + away, parent).at[0].set(best)
+    return jnp.concatenate([x[: x.shape[0] - half], newcomers])
