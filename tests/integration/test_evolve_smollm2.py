@@ -16,7 +16,7 @@ from tars_jax.loaders.opening import read_adapter
 
 
 def test_the_default_model_learns_a_format(smollm2: Any, tmp_path: Path) -> None:
-    train, lines = sentiment_task(held_out=120)
+    train, lines = sentiment_task()
     evolution = Evolution(smollm2, encode_examples(train, smollm2), Settings())
     held_out = evolution.hold_out(encode_examples(lines, smollm2))
     *_, outcome = job.search(evolution, held_out, job.Budget(generations=6, target=0.95))
