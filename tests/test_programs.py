@@ -1,6 +1,9 @@
 """Compiled steps: each bucket once, whoever asks."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +65,13 @@ def test_stop_ends_the_preparation() -> None:
     gate.set()
     assert programs.get(1)() == 1
     assert 3 not in compiled
+
+
+def test_an_interpreter_that_ends_while_it_compiles_ends_well() -> None:
+    code = (
+        "from tests.tiny import tiny_model\n"
+        "from tars_jax import Engine, EngineConfig\n"
+        "Engine(tiny_model(), EngineConfig(max_context=64, max_rows=4), warm_up=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -44,8 +44,9 @@ class Programs:
         return future.result()
 
     def prepare(self, buckets: Iterable[int]) -> None:
-        """Compile buckets in a thread of their own, one after the other."""
-        thread = threading.Thread(target=self._prepare, args=(list(buckets),), name="compile", daemon=True)
+        """Compile buckets in a thread of their own, one after the other. No daemon: an interpreter that ends waits for the one it is
+        at, since killing a thread within XLA's compiler aborts the process."""
+        thread = threading.Thread(target=self._prepare, args=(list(buckets),), name="compile", daemon=False)
         before = threading.stack_size(STACK_BYTES)
         try:
             thread.start()
@@ -60,7 +61,7 @@ class Programs:
         for bucket in buckets:
             if bucket != buckets[0]:  # the first is wanted soon; the others must not take the cores from requests
                 _step_back()
-            if self._stopped:
+            if self._stopped or not threading.main_thread().is_alive():
                 return
             future, is_new = self._claim(bucket)
             if is_new:
