@@ -78,6 +78,15 @@ def _unsigned(text: str) -> int:
     return int(text)
 
 
+_CACHE_TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "q8_0": "int8"}
+
+
+def _cache_type(text: str) -> str:
+    if text.lower() not in _CACHE_TYPES:
+        raise ValueError(f"{text!r} is none of {', '.join(_CACHE_TYPES)}")
+    return _CACHE_TYPES[text.lower()]
+
+
 def _keep_alive(text: str) -> float:
     try:
         return keep_alive_seconds(int(text))
@@ -122,6 +131,7 @@ VARIABLES = (
     Variable("OLLAMA_NUM_PARALLEL", "num_parallel", _unsigned, "requests decoded together (default: the engine's)"),
     Variable("OLLAMA_MAX_LOADED_MODELS", "max_loaded_models", _unsigned, "models in memory at once (default 3)"),
     Variable("OLLAMA_MAX_QUEUE", "max_queue", _unsigned, "waiting requests before new ones are refused (default 512)"),
+    Variable("OLLAMA_KV_CACHE_TYPE", "cache_dtype", _cache_type, "numbers of the KV cache: f16 (default), bf16, f32, q8_0"),
     Variable("OLLAMA_ORIGINS", "origins", _list, "comma-separated origins allowed besides local ones"),
     Variable("TARS_PREFIX_CACHE", "prefix_bytes", parse_size, "disk for read prompts of unloaded models, in TARS_CACHE (default 0: off)"),
     Variable("TARS_PROMPT_LOOKUP", "prompt_lookup", _boolean, "guess tokens by what followed the same ones earlier (default on)"),
@@ -150,6 +160,7 @@ class Settings:
     max_loaded_models: int = 3
     max_queue: int = 512
     origins: tuple[str, ...] = ()
+    cache_dtype: str = "float16"
     prefix_bytes: int = 0
     prompt_lookup: bool = True
     inter_token_ms: int = 100
@@ -168,6 +179,7 @@ class Settings:
             max_context=context,
             max_rows=rows,
             max_queue=self.max_queue,
+            cache_dtype=self.cache_dtype,  # type: ignore[arg-type]  # one of the table's
             prefix_bytes=self.prefix_bytes,
             prompt_lookup=self.prompt_lookup,
             target_inter_token_ms=self.inter_token_ms,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tars_jax.cache import RaggedBatch
+from tars_jax.cache import RaggedBatch, decode
 
 QUERY_BLOCK = 32  # queries of one row handled together; 1 when every row has one query
 CHUNK_TOKENS = 256  # cached tokens per inner iteration
@@ -79,7 +79,7 @@ def _attend_row(
 
     def chunk(c: jax.Array, acc: _Softmax) -> _Softmax:
         ids = lax.dynamic_slice_in_dim(table, c * pages, pages)
-        k, v = (p[ids].swapaxes(0, 1).reshape(kv_heads, pages * page, head_dim).astype(jnp.float32) for p in (k_pages, v_pages))
+        k, v = (decode(p[ids]).swapaxes(0, 1).reshape(kv_heads, pages * page, head_dim) for p in (k_pages, v_pages))
         scores = jnp.einsum("kqd,ksd->kqs", flat, k)
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)

@@ -13,11 +13,16 @@ from flax import struct
 
 from tars_jax.config import ModelConfig
 
+SCALE_BYTES = 4  # of an 8-bit vector
+
 
 @struct.dataclass
 class KVCache:
     """Keys and values of every layer, [layers * num_pages, KV heads, page_size, head_dim] each: layer i's page p stands at
-    i * num_pages + p. One array and not one a layer, because handing a buffer to a program costs the host microseconds."""
+    i * num_pages + p. One array and not one a layer, because handing a buffer to a program costs the host microseconds.
+
+    An int8 cache has vectors of head_dim + 4: the bytes of a float32 scale, then codes (see `encode`).
+    """
 
     k: jax.Array
     v: jax.Array
@@ -65,7 +70,8 @@ def init_cache(
 ) -> KVCache:
     """An empty cache of ``num_pages`` pages, page 0 included. Slots are written before they are read, so ``allocate`` may give
     an array with any contents."""
-    shape = (config.num_layers * num_pages, config.num_kv_heads, page_size, config.head_dim)
+    width = config.head_dim + (SCALE_BYTES if dtype == jnp.int8 else 0)
+    shape = (config.num_layers * num_pages, config.num_kv_heads, page_size, width)
     return KVCache(k=allocate(shape, dtype), v=allocate(shape, dtype))
 
 
@@ -78,7 +84,29 @@ def write_slots(batch: RaggedBatch, page_size: int) -> tuple[jax.Array, jax.Arra
 
 def write(pages: jax.Array, slots: tuple[jax.Array, jax.Array], values: jax.Array) -> jax.Array:
     """Put values [T, KV heads, head_dim] into pages."""
-    return pages.at[slots[0], :, slots[1]].set(values.astype(pages.dtype))
+    return pages.at[slots[0], :, slots[1]].set(encode(values, pages.dtype))
+
+
+def encode(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Vectors [..., hd] as a cache of this type holds them. With int8 the largest magnitude becomes 127, and what is not finite makes the
+    whole vector NaN: [..., 4 + hd]."""
+    if dtype != jnp.int8:
+        return values.astype(dtype)
+    wide = values.astype(jnp.float32)
+    top = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    finite = jnp.isfinite(top)
+    inverse = jnp.where(finite & (top >= 1e-36), 127 / top, 0.0)
+    scale = jnp.where(finite, top / 127, jnp.nan)
+    codes = jnp.round(jnp.where(finite, wide, 0.0) * inverse).astype(jnp.int8)
+    return jnp.concatenate([jax.lax.bitcast_convert_type(scale[..., 0], jnp.int8), codes], axis=-1)
+
+
+def decode(pages: jax.Array) -> jax.Array:
+    """What `encode` made, as float32 [..., hd]."""
+    if pages.dtype != jnp.int8:
+        return pages.astype(jnp.float32)
+    scale = jax.lax.bitcast_convert_type(pages[..., :SCALE_BYTES], jnp.float32)
+    return pages[..., SCALE_BYTES:].astype(jnp.float32) * scale[..., None]
 
 
 @partial(jax.jit, static_argnames="num_pages")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 
 from tars_jax import memory, sharding
+from tars_jax.cache import SCALE_BYTES
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.errors import NotEnoughMemory
 from tars_jax.kernels import tiles_nbytes
@@ -24,6 +25,7 @@ CACHE_DTYPES: Mapping[str, tuple[int, int]] = {  # bytes of a number, and of a h
     "float16": (2, 0),
     "bfloat16": (2, 0),
     "float32": (4, 0),
+    "int8": (1, SCALE_BYTES),
 }
 
 

@@ -236,6 +236,19 @@ def test_new_weights_do_not_read_old_pages(engine: Engine) -> None:
     assert engine.stats().reused_tokens == 0
 
 
+def test_an_8_bit_cache_halves_the_memory_and_answers_nearly_the_same(model: Any) -> None:
+    logprobs = SamplingParams(max_tokens=8, temperature=0, logprobs=True)
+    answers, sizes = [], []
+    for dtype in ("float16", "int8"):
+        engine = Engine(model, dataclasses.replace(CONFIG, cache_dtype=dtype, cache_tokens=1024))
+        answers.append([entry for output in finish(start(engine, "hello", logprobs)) for entry in output.logprobs])
+        sizes.append(engine.stats().nbytes - model.nbytes)
+        engine.close()
+    assert [entry.logprob for entry in answers[1]] == pytest.approx([entry.logprob for entry in answers[0]], abs=0.3)
+    assert answers[0] != answers[1]
+    assert sizes[1] < 0.7 * sizes[0]  # heads of 16 numbers have 4 bytes of scale
+
+
 def test_a_request_past_its_deadline_ends(engine: Engine) -> None:
     outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
     ids = tuple(engine.model.tokenizer.encode("hello"))

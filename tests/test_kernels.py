@@ -215,7 +215,7 @@ def check_attention(
     for r, (old, new) in enumerate(rows):
         for i in range(old + new):
             pool[:, batch.page_tables[r, i // page], :, i % page] = rng.normal(size=(2, heads[1], dim))
-    k, v = (jnp.asarray(p, dtype) for p in pool)
+    k, v = (cache.encode(jnp.asarray(p), jnp.dtype(dtype)) for p in pool)
     q = jnp.asarray(rng.normal(size=(len(batch.positions), heads[0], dim)), jnp.float32)
     result = np.asarray(kernels.attention(q, k, v, batch, scale=dim**-0.5, window=window, softcap=softcap))
     np.testing.assert_allclose(result, ragged_attention(q, k, v, batch, scale=dim**-0.5, window=window, softcap=softcap), atol=2e-5)
@@ -226,7 +226,7 @@ def test_attention_head_groupings(heads: tuple[int, int]) -> None:
     check_attention([(5, 3), (0, 7), (9, 1)], heads=heads)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("dim", [8, 64, 80])
 def test_attention_cache_types_and_dimensions(dtype: str, dim: int) -> None:
     check_attention([(70, 20), (33, 1), (140, 1)], dim=dim, page=16, heads=(6, 2), dtype=dtype)
@@ -256,7 +256,7 @@ def test_attention_softcap() -> None:
     page=st.sampled_from([4, 16, 32]),
     window=st.sampled_from([0, 0, 1, 30, 130]),
     softcap=st.sampled_from([0.0, 2.0]),
-    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32", "int8"]),
     others=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
@@ -280,7 +280,7 @@ def test_attention_does_not_depend_on_the_batch(
             for i in range(end):
                 pool[:, batch.page_tables[row, i // page], :, i % page] = keys[i], values[i]
             q[batch.query_starts[row] : batch.query_starts[row + 1]] = queries[begin:end]
-        pages = (jnp.asarray(p, dtype) for p in pool)
+        pages = (cache.encode(jnp.asarray(p), jnp.dtype(dtype)) for p in pool)
         out = kernels.attention(jnp.asarray(q), *pages, jax.tree.map(jnp.asarray, batch), scale=dim**-0.5, window=window, softcap=softcap)
         return np.concatenate([out[batch.query_starts[row] : batch.query_starts[row + 1]] for row in own])
 
@@ -320,6 +320,25 @@ def test_rope_write(tokens: int, norms: bool, half: int) -> None:
     for pages_got, value in zip(got[1:], (k, v), strict=True):
         expected = cache.write(pages, slots, value)
         np.testing.assert_allclose(np.asarray(pages_got, np.float32)[1:], np.asarray(expected, np.float32)[1:], atol=4e-3)
+
+
+@pytest.mark.parametrize("dim", [8, 16, 40])
+def test_rope_write_in_8_bits(dim: int) -> None:
+    batch = jax.tree.map(jnp.asarray, ragged([(2, 9), (0, 2)], 1, 0, 4, np.random.default_rng(0)))
+    q, k, v = (jnp.asarray(normals(len(batch.positions), 2, dim, seed=i)) for i in range(3))
+    k, v = k.at[3].set(jnp.nan), v.at[4].set(0.0).at[5, 1, 2].set(jnp.inf)
+    pages = cache.encode(jnp.zeros((int(batch.page_tables.max()) + 1, 2, 4, dim)), jnp.dtype("int8"))
+    slots = cache.write_slots(batch, 4)
+    got = kernels.rope_write(q, k, v, None, slots, pages, pages)[1:]
+    for ours, values in zip(got, (k, v), strict=True):
+        expected = cache.write(pages, slots, values)
+        np.testing.assert_array_equal(cache.decode(ours)[1:], cache.decode(expected)[1:])
+
+
+def test_pages_of_another_width_are_refused() -> None:
+    batch = jax.tree.map(jnp.asarray, ragged([(0, 1)], 0, 0, 4, np.random.default_rng(0)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="unsupported dtype or pages"):
+        kernels.attention(jnp.zeros((1, 1, 16)), *(jnp.zeros((2, 1, 4, 16), jnp.int8),) * 2, batch, scale=1.0)
 
 
 def test_donated_pages_are_written_in_place() -> None:

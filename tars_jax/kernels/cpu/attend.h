@@ -27,23 +27,34 @@ TARS_INLINE int64_t padded_dim(const AttentionTask& t) { return ceil_div(t.head_
 TARS_INLINE const char* cached(const AttentionTask& t, const void* pages, int64_t token) {
   const int64_t index = t.page_shift >= 0 ? token >> t.page_shift : token / t.page;
   const int64_t slot = (t.table[index] * t.kv_heads + t.kv_head) * t.page + token - index * t.page;
-  return static_cast<const char*>(pages) + slot * t.head_dim * size_of(t.cache_type);
+  return static_cast<const char*>(pages) + slot * cache_bytes(t.cache_type, t.head_dim);
 }
 
 // Pages lie apart, so the processor's own prefetcher stops at each page's end.
 TARS_INLINE void prefetch_token(const AttentionTask& t, const void* pages, int64_t token) {
   const char* p = cached(t, pages, token);
-  for (int64_t at = 0, bytes = t.head_dim * size_of(t.cache_type); at < bytes; at += 64) __builtin_prefetch(p + at);
+  for (int64_t at = 0, bytes = cache_bytes(t.cache_type, t.head_dim); at < bytes; at += 64) __builtin_prefetch(p + at);
 }
 
 TARS_INLINE Floats softcap(Floats x, float cap) { return cap > 0 ? splat(cap) * tanh(x / splat(cap)) : x; }
+
+// Up to 16 numbers of a cached vector from dimension `d`, of which `left` remain; the rest is zero.
+template <DType kType>
+TARS_INLINE Floats load_cached(const char* vector, int64_t d, int64_t left) {
+  const char* p = vector + cache_offset(kType) + d * size_of(kType);
+  const Floats x = left >= kLanes ? load_as(kType, p) : load_some(kType, p, static_cast<int>(left));
+  if constexpr (kType != DType::kI8) return x;
+  float scale;
+  std::memcpy(&scale, vector, sizeof scale);
+  return x * splat(scale);
+}
 
 // head_dim numbers as float32, zero-padded to whole vectors.
 template <DType kType>
 TARS_INLINE void widen(const char* in, int64_t dim, float* out) {
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, load_as(kType, in + d * size_of(kType)));
-  if (d < dim) store(out + d, load_some(kType, in + d * size_of(kType), static_cast<int>(dim - d)));
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load_cached<kType>(in, d, kLanes));
+  if (d < dim) store(out + d, load_cached<kType>(in, d, dim - d));
 }
 
 template <DType kType>
@@ -55,6 +66,7 @@ static void widen_chunk(const AttentionTask& t, const void* pages, int64_t begin
   switch (t.cache_type) {
     case DType::kF16: return widen_tokens<DType::kF16>(t, pages, begin, count, out);
     case DType::kBF16: return widen_tokens<DType::kBF16>(t, pages, begin, count, out);
+    case DType::kI8: return widen_tokens<DType::kI8>(t, pages, begin, count, out);
     default: return widen_tokens<DType::kF32>(t, pages, begin, count, out);
   }
 }
@@ -317,8 +329,7 @@ static void score_few(const AttentionTask& t, const float* queries, Span span, i
       if (at + i + kAhead < span.end) prefetch_token(t, t.k_pages, token + kAhead);
       const char* k = cached(t, t.k_pages, token);
       for (int64_t d = 0; d < dim; d += kLanes) {
-        const char* p = k + d * size_of(kType);
-        Floats x = d + kLanes <= dim ? load_as(kType, p) : load_some(kType, p, static_cast<int>(dim - d));
+        Floats x = load_cached<kType>(k, d, dim - d);
         for (int h = 0; h < kHeads; ++h) sum[h] = fma(x, load(queries + h * padded + d), sum[h]);
       }
     }
@@ -334,11 +345,10 @@ TARS_INLINE void values_few(const AttentionTask& t, Span span, int64_t d, const 
   for (int h = 0; h < kHeads; ++h)
     for (int v = 0; v < kVectors; ++v) acc[h][v] = splat(0.0f);
   for (int i = span.begin; i < span.end; ++i) {
-    const char* p = cached(t, t.v_pages, span.base + i) + d * size_of(kType);
+    const char* vector = cached(t, t.v_pages, span.base + i);
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = t.head_dim - d - v * kLanes;
-      const char* at = p + v * kLanes * size_of(kType);
-      Floats x = kVectors > 1 || left >= kLanes ? load_as(kType, at) : load_some(kType, at, static_cast<int>(left));
+      const int64_t at = d + v * kLanes;
+      Floats x = load_cached<kType>(vector, at, kVectors > 1 ? kLanes : t.head_dim - at);
       for (int h = 0; h < kHeads; ++h) acc[h][v] = fma(splat(weights[h * kSegment + i]), x, acc[h][v]);
     }
   }
@@ -415,6 +425,7 @@ static void attend(const AttentionTask& t, float* scratch) {
   switch (t.cache_type) {
     case DType::kF16: return attend_one<DType::kF16>(t, scratch);
     case DType::kBF16: return attend_one<DType::kBF16>(t, scratch);
+    case DType::kI8: return attend_one<DType::kI8>(t, scratch);
     default: return attend_one<DType::kF32>(t, scratch);
   }
 }
@@ -448,6 +459,30 @@ static void merge(const AttentionTask& t, int64_t segments) {
 
 // --- Head norm and rotation, on the way into the cache.
 
+// A vector in 8 bits: a scale, so that the largest magnitude becomes 127, and codes rounded to nearest even. What is not finite makes the
+// scale NaN.
+static void store_i8(const float* x, int64_t dim, char* out) {
+  int32_t top_bits = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    int32_t bits;
+    std::memcpy(&bits, x + d, 4);
+    bits &= 0x7fffffff;  // as integers these order like the floats, NaN above all
+    top_bits = bits > top_bits ? bits : top_bits;
+  }
+  float top;
+  std::memcpy(&top, &top_bits, 4);
+  const bool finite = top_bits < 0x7f800000;
+  const float scale = finite ? top / 127.0f : __builtin_nanf("");
+  std::memcpy(out, &scale, sizeof scale);
+  const Floats inverse = splat(finite && top >= 1e-36f ? 127.0f / top : 0.0f), magic = splat(12582912.0f);
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    int8_t codes[kLanes];
+    const Floats scaled = finite ? load(x + d) * inverse : splat(0.0f);
+    store_bytes(codes, as_ints(scaled + magic) - splat(0x4b400000));
+    std::memcpy(out + cache_offset(DType::kI8) + d, codes, dim - d < kLanes ? dim - d : kLanes);
+  }
+}
+
 // Norms and rotates one head of one token; dimension i pairs with i + half, the rest passes through.
 static void rotate(const RotateTask& t, int64_t token, int64_t head, void* out, DType out_type) {
   constexpr int64_t kMaxDim = 1024;
@@ -462,6 +497,7 @@ static void rotate(const RotateTask& t, int64_t token, int64_t head, void* out, 
     store_some(DType::kF32, x + i, a * c - b * s, lanes);
     store_some(DType::kF32, x + t.half + i, b * c + a * s, lanes);
   }
+  if (out_type == DType::kI8) return store_i8(x, t.head_dim, static_cast<char*>(out));
   for (int64_t d = 0; d < t.head_dim; d += kLanes) {
     const int lanes = static_cast<int>(t.head_dim - d < kLanes ? t.head_dim - d : kLanes);
     store_some(out_type, static_cast<char*>(out) + d * size_of(out_type), load(x + d), lanes);

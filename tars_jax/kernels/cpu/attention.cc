@@ -96,7 +96,7 @@ void run_attention(Pool& pool, const Attention& a) {
 
 void run_rope_write(Pool& pool, const RopeWrite& w) {
   const Kernels& k = kernels();
-  const int64_t dim = w.q.head_dim, row = dim * size_of(w.cache_type);
+  const int64_t dim = w.q.head_dim, row = cache_bytes(w.cache_type, dim);
   auto write_token = [&](int64_t t) {
     for (int64_t h = 0; h < w.q.heads; ++h) k.rotate(w.q, t, h, static_cast<char*>(w.q_out) + (t * w.q.heads + h) * dim * size_of(w.q_type), w.q_type);
     if (w.slot_pages[t] == 0) return;  // padding; several threads would write the same place

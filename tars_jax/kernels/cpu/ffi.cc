@@ -36,6 +36,13 @@ bool dtype_of(ffi::DataType type, DType* out) {
   }
 }
 
+// Of pages of vectors of `head_dim` numbers.
+bool cache_type_of(const ffi::AnyBuffer& pages, int64_t head_dim, DType* out) {
+  if (pages.element_type() == ffi::DataType::S8) *out = DType::kI8;
+  else if (!dtype_of(pages.element_type(), out)) return false;
+  return pages.dimensions()[3] * size_of(*out) == cache_bytes(*out, head_dim);
+}
+
 // Absent arrays are passed with no elements.
 const float* optional_floats(const ffi::AnyBuffer& b) {
   return b.element_count() ? static_cast<const float*>(b.untyped_data()) : nullptr;
@@ -136,7 +143,7 @@ ffi::Error attention(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuff
                      ffi::Result<ffi::AnyBuffer> out, float scale, float softcap, int64_t window) {
   Attention a{};
   AttentionTask& t = a.base;
-  if (!dtype_of(q.element_type(), &t.q_type) || !dtype_of(k_pages.element_type(), &t.cache_type)) return invalid("unsupported dtype in attention");
+  if (!dtype_of(q.element_type(), &t.q_type) || !cache_type_of(k_pages, q.dimensions()[2], &t.cache_type)) return invalid("unsupported dtype or pages in attention");
   if (v_pages.element_type() != k_pages.element_type() || out->element_type() != q.element_type()) return invalid("dtypes differ in attention");
   t.q = q.untyped_data();
   t.k_pages = k_pages.untyped_data();
@@ -178,7 +185,7 @@ ffi::Error rope_write(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuf
                       ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::Result<ffi::AnyBuffer> q_out, ffi::Result<ffi::AnyBuffer> k_out,
                       ffi::Result<ffi::AnyBuffer> v_out, float eps) {
   RopeWrite w{};
-  if (!dtype_of(q.element_type(), &w.q_type) || !dtype_of(k_pages.element_type(), &w.cache_type)) return invalid("unsupported dtype in rope_write");
+  if (!dtype_of(q.element_type(), &w.q_type) || !cache_type_of(k_pages, q.dimensions()[2], &w.cache_type)) return invalid("unsupported dtype or pages in rope_write");
   if (k_out->untyped_data() != k_pages.untyped_data() || v_out->untyped_data() != v_pages.untyped_data()) return invalid("cache is not aliased");
   if (q.dimensions()[2] > 1024) return invalid("head_dim above 1024");
   w.q = heads_of(q, q_norm, eps);

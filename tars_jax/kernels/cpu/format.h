@@ -9,11 +9,15 @@ constexpr int kPanel = 8;   // activation rows handled together: what fits in re
 constexpr int kGroup = 32;  // inputs that share an activation scale
 constexpr int kQuad = 4;    // inputs one 8-bit dot instruction sums
 
-enum class DType : int64_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
+enum class DType : int64_t { kF32 = 0, kF16 = 1, kBF16 = 2, kI8 = 3 };  // kI8: in the KV cache alone
 enum class Activation : int64_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t size_of(DType type) { return type == DType::kF32 ? 4 : 2; }
+inline int64_t size_of(DType type) { return type == DType::kF32 ? 4 : type == DType::kI8 ? 1 : 2; }
+
+// A head's vector in the KV cache: its numbers, after a float32 scale if they are 8-bit codes.
+inline int64_t cache_offset(DType type) { return type == DType::kI8 ? 4 : 0; }
+inline int64_t cache_bytes(DType type, int64_t head_dim) { return cache_offset(type) + head_dim * size_of(type); }
 
 // A packed matrix [outputs, inputs]: tiles of 16 outputs, each a run of blocks along the inputs.
 //

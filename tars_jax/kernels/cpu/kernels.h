@@ -29,7 +29,7 @@ constexpr int kChunkTokens = 32;  // cached tokens widened at once
 struct AttentionTask {
   const void* q;  // [T, heads, head_dim]
   DType q_type;
-  const void* k_pages;  // [N, kv_heads, page, head_dim]
+  const void* k_pages;  // [N, kv_heads, page, head_dim], 8-bit ones with a scale before each vector
   const void* v_pages;
   DType cache_type;
   const int32_t* table;  // the row's pages

@@ -329,8 +329,17 @@ TARS_INLINE void store_bf16(void* p, Floats a) {
   std::memcpy(p, y, sizeof y);
 }
 
+TARS_INLINE Floats load_i8(const void* p) {
+  int8_t x[kLanes];
+  int32_t y[kLanes];
+  std::memcpy(x, p, sizeof x);
+  for (int i = 0; i < kLanes; ++i) y[i] = x[i];
+  return to_floats(load_ints(y));
+}
+
 TARS_INLINE Floats load_as(DType type, const void* p) {
   switch (type) {
+    case DType::kI8: return load_i8(p);
     case DType::kF16: return load_f16(p);
     case DType::kBF16: return load_bf16(p);
     default: return load(static_cast<const float*>(p));
