@@ -142,7 +142,9 @@ def pool_tokens(plan: MemoryPlan, engine: EngineConfig, context: int, free: int,
     """
     check(plan, context, free)
     wanted = max(engine.max_rows * context if for_all_rows else 0, min_pool(context))
-    return max(min(wanted, int(plan.room(free) * share)), context)
+    there = int(plan.room(free) * share)
+    step = 1 << max(there.bit_length() - 4, 0)  # coarse, so that programs compiled for this size are found again the next time
+    return max(min(wanted, there // step * step), context)
 
 
 def check(plan: MemoryPlan, tokens: int, free: int) -> None:

@@ -137,14 +137,14 @@ def test_a_draft_models_cache_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planning.make_plan(model.config, EngineConfig(), 0, draft=draft.config)
     assert plan.cache_per_token == 1.5 * planning.cache_nbytes_per_token(model.config, "float16")
     fake_memory(monkeypatch, plan.total(2000))
-    assert resolve(EngineConfig(), model, draft).cache_tokens == 1000
+    assert resolve(EngineConfig(), model, draft).cache_tokens == 960
 
 
 def test_a_pool_shrinks_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     plan = planning.make_plan(model.config, EngineConfig(), 0)
     fake_memory(monkeypatch, plan.total(2000))
-    assert resolve(EngineConfig(), model).cache_tokens == 1000
+    assert resolve(EngineConfig(), model).cache_tokens == 960  # half of it, in steps of 64
 
 
 def test_an_engine_without_room_for_a_request_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

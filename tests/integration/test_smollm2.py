@@ -148,18 +148,19 @@ def test_an_answer_survives_preemption(smollm2: Any, smollm2_engine: Engine) -> 
     assert crowded == ["".join(smollm2_engine.generate(prompt, params)) for prompt in prompts]
 
 
+MANY = EngineConfig(max_context=256, max_rows=40, max_step_tokens=128, cache_tokens=16384)  # one shape for all: compiled once
 WAYS = {
-    "prefixes are reused": EngineConfig(max_context=256, max_rows=40, prompt_lookup=False),
-    "tokens are guessed": EngineConfig(max_context=256, max_rows=40, prefix_cache=False),
-    "prompts are cut": EngineConfig(max_context=256, max_rows=40, max_step_tokens=48),
-    "requests are preempted": EngineConfig(max_context=256, max_rows=40, cache_tokens=512),
+    "prefixes are reused": dataclasses.replace(MANY, prompt_lookup=False),
+    "tokens are guessed": dataclasses.replace(MANY, prefix_cache=False),
+    "prompts are cut": dataclasses.replace(MANY, max_step_tokens=32),
+    "requests are preempted": dataclasses.replace(MANY, cache_tokens=512, max_step_tokens=64),
 }
 
 
 @pytest.fixture(scope="module")
 def alone(smollm2: Any, golden: dict[str, Any]) -> list[str]:
     """Answers given one after the other, with nothing reused or guessed."""
-    engine = Engine(smollm2, EngineConfig(max_context=256, max_rows=1, prefix_cache=False, prompt_lookup=False))
+    engine = Engine(smollm2, dataclasses.replace(MANY, prefix_cache=False, prompt_lookup=False))
     answers = ["".join(engine.generate(prompt, params)) for prompt, params in questions(golden)]
     engine.close()
     return answers
