@@ -38,7 +38,7 @@ serve: setup ## Start the server on 127.0.0.1:11434
 	@$(BIN)/tars serve
 
 test: $(TESTED) ## Run all tests (pulls the default model, about 93 MB, once)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(TESTED) ## Check style and types
 	@$(BIN)/ruff check .

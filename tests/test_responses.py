@@ -29,7 +29,7 @@ def key(prompt: int = 0, client: str = "", params: SamplingParams = GREEDY, cont
 
 
 def answer(size: int = 1) -> list[Output]:
-    return [Output("x" * size, (7,), (TokenLogprob(7, -0.5),)), END]
+    return [Output(text="x" * size, token_ids=(7,), logprobs=(TokenLogprob(7, -0.5),)), END]
 
 
 # the cache

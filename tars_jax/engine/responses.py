@@ -103,7 +103,7 @@ def answer_nbytes(key: Key, outputs: Sequence[Output]) -> int:
 
 
 def _output_nbytes(output: Output) -> int:
-    logprobs = sum(280 + 115 * len(entry.top) for entry in output.logprobs)
+    logprobs = sum(280 + 115 * len(entry.top) for entry in (*output.logprobs, *output.prompt_logprobs))
     return 224 + sys.getsizeof(output.text) + 36 * len(output.token_ids) + logprobs
 
 
