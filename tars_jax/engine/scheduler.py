@@ -99,10 +99,14 @@ class Scheduler:
         if newcomer is None:
             return decodes + prompts
         share = 2 * max(self._rows[newcomer.request.client], 1)
-        behind = [s for s in decodes if self._rows[s.request.client] > share and not s.yielded]
-        for sequence in decodes:
+        behind = [s for s in ready if self._rows[s.request.client] > share and not s.yielded]
+        for sequence in ready:
             sequence.yielded = sequence in behind
-        return [s for s in decodes if not s.yielded] + prompts
+        turns = [s for s in decodes + prompts if not s.yielded]
+        if behind:  # nothing else makes the newcomer's step longer
+            others = sum(s.remaining == 1 for s in turns)
+            self._budget = min(self._budget, newcomer.remaining + others)
+        return turns
 
     def _newcomer(self, prompts: list[Sequence]) -> Sequence | None:
         """The sequence that waits for its first token and whose turn it is."""
