@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -269,18 +268,6 @@ def test_a_full_queue_refuses(smollm2: Any) -> None:
     with pytest.raises(ServerBusy):
         list(engine.generate("Hello", GREEDY))
     engine.close()
-
-
-def test_a_warm_engine_compiles_nothing(smollm2_engine: Engine) -> None:
-    list(smollm2_engine.generate("Once upon a time", GREEDY))
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
-    )
-    list(smollm2_engine.generate("There was once", SamplingParams(max_tokens=30, temperature=0.8, top_k=20, seed=3, repeat_penalty=1.2)))
-    assert compiled == []
-    jax.jit(lambda x: x * 3.5)(1.25)
-    assert len(compiled) == 1  # the listener does hear
 
 
 def test_three_devices_write_what_one_does(dense: Any, dense_engine: Engine, golden: dict[str, Any]) -> None:
