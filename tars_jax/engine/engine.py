@@ -249,10 +249,10 @@ class Engine:
         return self._scheduler.has_work or self._in_flight is not None
 
     def _step(self) -> None:
-        """Plan a step and send it off, then read the one before: the host works while the device does. A long step is read first, so
-        that whoever came meanwhile is in the next one."""
+        """Plan a step and send it off, then read the one before: the host works while the device does. A long step is read first, and
+        the next one planned when those who came meanwhile have been let in."""
         if self._in_flight and self._times.predict(self._in_flight.bucket) > LONG_STEP:
-            self._commit()
+            return self._commit()
         plan = self._current = self._scheduler.schedule(self._budget())
         dispatched = self._dispatch(plan) if plan else None
         if self._in_flight:

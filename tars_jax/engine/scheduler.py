@@ -103,9 +103,9 @@ class Scheduler:
         for sequence in ready:
             sequence.yielded = sequence in behind
         turns = [s for s in decodes + prompts if not s.yielded]
-        if behind:  # nothing else makes the newcomer's step longer
+        if behind:  # nothing else makes the newcomer's step longer; it may be twice as long, as they have more than their share
             others = sum(s.remaining == 1 for s in turns)
-            self._budget = min(self._budget, newcomer.remaining + others)
+            self._budget = min(2 * self._budget, newcomer.remaining + others, self.max_step_tokens)
         return turns
 
     def _newcomer(self, prompts: list[Sequence]) -> Sequence | None:
