@@ -30,7 +30,7 @@ async def measure(url: str, model: str, greedy: int, rounds: int) -> tuple[list[
         for number in range(rounds):
             alone.append(await first_token(client, one.body(f"alone {number}", tokens_per_word)))
             load = asyncio.create_task(send_all(client, dataclasses.replace(many, seed=many.seed + 2 + number), tokens_per_word))
-            await asyncio.sleep(4 * alone[-1])  # it is at work by then
+            await asyncio.sleep(random.uniform(1.5, 2.5))  # all are sent by then, and many steps done
             beside.append(await first_token(client, one.body(f"beside {number}", tokens_per_word)))
             failed = [result.error for result in await load if result.error]
             assert not failed, failed[0]
