@@ -1,7 +1,7 @@
 """Measuring a model on this machine: prefill, decode at several batch sizes, start-up and memory; then where the time goes.
 
 Rates are measured through the engine, as a user meets it: random prompt tokens, distinct between repetitions so that no cache can
-help. Stages and limits are measured on the functions themselves.
+help, and no guessing, which would measure how often the model repeats itself. Stages and limits are measured on the functions themselves.
 """
 
 import dataclasses
@@ -106,7 +106,8 @@ def measure(
     """Run the benchmark. Every shape is run once before it is timed; ``progress`` hears what is being measured."""
     context = max(prompt_tokens + 2, DECODE_PROMPT + new_tokens + 2)
     tokens = max(batches) * (DECODE_PROMPT + new_tokens + 2)
-    engine = Engine(model, EngineConfig(max_context=context, max_rows=max(batches), cache_tokens=max(tokens, context)))
+    config = EngineConfig(max_context=context, max_rows=max(batches), cache_tokens=max(tokens, context), prompt_lookup=False)
+    engine = Engine(model, config)
     random = np.random.default_rng(0)
     try:
         progress(f"prefill of {prompt_tokens} tokens")
