@@ -39,7 +39,7 @@ from tars_jax.model import Decoder
 log = logging.getLogger(__name__)
 
 MIN_STEP_TOKENS = 16  # smaller steps would not save memory worth having
-LONG_STEP = 0.025  # seconds; the host's part of a step is then small enough for the device to wait for it
+LONG_STEP = 0.04  # seconds; the host's part of a step is then small enough for the device to wait for it
 
 
 class InFlight(NamedTuple):

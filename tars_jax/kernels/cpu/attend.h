@@ -402,8 +402,9 @@ static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
     std::memset(scores + h * kSegment, 0, sizeof(float) * (span.begin / kLanes * kLanes));
     softmax_few(scores + h * kSegment, span, t.softcap, partial, partial + 1);
   }
+  constexpr int kVectors = kHeads * kParts > 6 ? 1 : kHeads * kParts > 3 ? 2 : 4;  // sums that stay in 16 registers
   int64_t d = 0;
-  for (; d + 4 * kLanes <= t.head_dim; d += 4 * kLanes) values_few<kType, kHeads, 4>(t, span, d, scores, values);
+  for (; d + kVectors * kLanes <= t.head_dim; d += kVectors * kLanes) values_few<kType, kHeads, kVectors>(t, span, d, scores, values);
   for (; d < t.head_dim; d += kLanes) values_few<kType, kHeads, 1>(t, span, d, scores, values);
   for (int h = 0; h < kHeads; ++h)
     std::memcpy(t.partial + (head + h) * partial_floats(t.head_dim) + 2, values + h * padded, sizeof(float) * t.head_dim);
