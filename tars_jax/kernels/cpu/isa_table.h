@@ -2,6 +2,7 @@
 #pragma once
 #include "attend.h"
 #include "dot.h"
+#include "rotate.h"
 #include "rows.h"
 
 namespace tars::TARS_ISA {

@@ -1,0 +1,205 @@
+// A block of queries: lanes are (query, head) pairs. See `attend.h`.
+#pragma once
+#include "segment.h"
+
+namespace tars::TARS_ISA {
+
+// head_dim numbers as float32, zero-padded to whole vectors.
+template <DType kType>
+TARS_INLINE void widen(const char* in, int64_t dim, float* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load_cached<kType>(in, d, kLanes));
+  if (d < dim) store(out + d, load_cached<kType>(in, d, dim - d));
+}
+
+template <DType kType>
+static void widen_tokens(const AttentionTask& t, const void* pages, int64_t begin, int count, float* out) {
+  for (int i = 0; i < count; ++i) widen<kType>(cached(t, pages, begin + i), t.head_dim, out + i * padded_dim(t));
+}
+
+static void widen_chunk(const AttentionTask& t, const void* pages, int64_t begin, int count, float* out) {
+  switch (t.cache_type) {
+    case DType::kF16: return widen_tokens<DType::kF16>(t, pages, begin, count, out);
+    case DType::kBF16: return widen_tokens<DType::kBF16>(t, pages, begin, count, out);
+    case DType::kI8: return widen_tokens<DType::kI8>(t, pages, begin, count, out);
+    default: return widen_tokens<DType::kF32>(t, pages, begin, count, out);
+  }
+}
+
+constexpr int kRowVectors = kQueryRows / kLanes;
+
+struct Lanes {  // scratch of one task; matrices are [..][32 lanes]
+  float* queries;  // [head_dim]
+  float* chunk;    // keys, then values: [tokens][padded head_dim], not in lanes
+  float* scores;   // [tokens of a segment], from its first multiple of 128
+  float* values;   // [head_dim] of the segments so far
+  float* segment;  // [head_dim] of this one
+  float *maximum, *total;                  // of the segments so far
+  float *segment_maximum, *segment_total;  // of this one
+};
+
+template <int kVectors, int kBlock>
+TARS_INLINE void score_block(const float* queries, const float* keys, int64_t padded, float* scores) {
+  Floats four[kBlock][kVectors][4];
+  TARS_UNROLL for (int f = 0; f < 4; ++f) {
+    Floats acc[kBlock][kVectors][4];
+    for (int i = 0; i < kBlock; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        for (int c = 0; c < 4; ++c) acc[i][v][c] = splat(0.0f);
+    for (int64_t d = 4 * f; d < padded; d += kLanes) {
+      TARS_UNROLL for (int c = 0; c < 4; ++c) {
+        Floats q[kVectors];
+        for (int v = 0; v < kVectors; ++v) q[v] = load(queries + (d + c) * kQueryRows + v * kLanes);
+        TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
+          Floats k = splat(keys[i * padded + d + c]);
+          for (int v = 0; v < kVectors; ++v) acc[i][v][c] = fma(k, q[v], acc[i][v][c]);
+        }
+      }
+    }
+    for (int i = 0; i < kBlock; ++i)
+      for (int v = 0; v < kVectors; ++v) four[i][v][f] = (acc[i][v][0] + acc[i][v][2]) + (acc[i][v][1] + acc[i][v][3]);
+  }
+  for (int i = 0; i < kBlock; ++i)
+    for (int v = 0; v < kVectors; ++v)
+      store(scores + i * kQueryRows + v * kLanes, (four[i][v][0] + four[i][v][1]) + (four[i][v][2] + four[i][v][3]));
+}
+
+template <int kVectors, int kBlock>
+TARS_INLINE void value_block(const float* weights, const float* chunk, int tokens, int64_t padded, float* values) {
+  Floats acc[kBlock][kVectors];
+  for (int i = 0; i < kBlock; ++i)
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = load(values + i * kQueryRows + v * kLanes);
+  for (int s = 0; s < tokens; ++s) {
+    Floats w[kVectors];
+    for (int v = 0; v < kVectors; ++v) w[v] = load(weights + s * kQueryRows + v * kLanes);
+    TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
+      Floats x = splat(chunk[s * padded + i]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(w[v], x, acc[i][v]);
+    }
+  }
+  for (int i = 0; i < kBlock; ++i)
+    for (int v = 0; v < kVectors; ++v) store(values + i * kQueryRows + v * kLanes, acc[i][v]);
+}
+
+// A segment's scores to weights, in place; its maximum and total.
+static void softmax_lanes(const AttentionTask& t, const Lanes& s, Span span, int vectors) {
+  const int64_t begin = span.base + span.begin, last_token = span.base + span.end - 1;
+  const bool all_seen = last_token <= t.position && (!t.window || begin > t.position + t.count - 1 - t.window);
+  for (int v = 0; v < vectors; ++v) {
+    float* scores = s.scores + v * kLanes;
+    int32_t lane_position[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane_position[i] = static_cast<int32_t>(t.position + (v * kLanes + i) / t.group);
+    const Ints last = load_ints(lane_position), first = t.window ? last - splat(static_cast<int32_t>(t.window)) : splat(-1);
+    Floats top = splat(kMasked);
+    for (int i = span.begin; i < span.end; ++i) {
+      Floats x = softcap(load(scores + i * kQueryRows), t.softcap);
+      const Ints at = splat(static_cast<int32_t>(span.base + i));
+      if (!all_seen) x = select(less(last, at), splat(kMasked), select(less(first, at), x, splat(kMasked)));
+      store(scores + i * kQueryRows, x);
+      top = max(x, top);
+    }
+    Floats sums[kLanes];
+    for (int i = 0; i < kLanes; ++i) sums[i] = splat(0.0f);
+    for (int i = span.begin; i < span.end; ++i) {
+      const Floats x = load(scores + i * kQueryRows);
+      Floats weight = exp(x - top);
+      if (!all_seen) weight = select(less(splat(kMasked), x), weight, select(less(x, splat(0.0f)), splat(0.0f), weight));
+      store(scores + i * kQueryRows, weight);
+      sums[i % kLanes] = sums[i % kLanes] + weight;
+    }
+    store(s.segment_maximum + v * kLanes, top);
+    store(s.segment_total + v * kLanes, sum_in_order(sums));
+  }
+}
+
+static void join_lanes(const AttentionTask& t, const Lanes& s, int vectors) {
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = v * kLanes;
+    const Join j = join(load(s.maximum + at), load(s.segment_maximum + at));
+    store(s.maximum + at, j.maximum);
+    store(s.total + at, joined(load(s.total + at), j.old_weight, load(s.segment_total + at), j.new_weight));
+    for (int64_t d = 0; d < t.head_dim; ++d) {
+      float* values = s.values + d * kQueryRows + at;
+      store(values, joined(load(values), j.old_weight, load(s.segment + d * kQueryRows + at), j.new_weight));
+    }
+  }
+}
+
+template <int kVectors>
+static void attend_segment(const AttentionTask& t, const Lanes& s, Span span) {
+  constexpr int kBlock = kRowBlock * 2 / kVectors > 8 ? 8 : kRowBlock * 2 / kVectors;
+  constexpr int kTokens = kParts == 1 ? 2 : 1;  // scored at once: four accumulators each
+  const int64_t padded = padded_dim(t), dim = t.head_dim;
+  for (int from = span.begin; from < span.end; from += kChunkTokens) {
+    const int tokens = span.end - from < kChunkTokens ? span.end - from : kChunkTokens;
+    float* scores = s.scores + from * kQueryRows;
+    widen_chunk(t, t.k_pages, span.base + from, tokens, s.chunk);
+    int i = 0;
+    for (; i + kTokens <= tokens; i += kTokens) score_block<kVectors, kTokens>(s.queries, s.chunk + i * padded, padded, scores + i * kQueryRows);
+    for (; i < tokens; ++i) score_block<kVectors, 1>(s.queries, s.chunk + i * padded, padded, scores + i * kQueryRows);
+  }
+  softmax_lanes(t, s, span, kVectors);
+  std::memset(s.segment, 0, sizeof(float) * dim * kQueryRows);
+  for (int from = span.begin; from < span.end; from += kChunkTokens) {
+    const int tokens = span.end - from < kChunkTokens ? span.end - from : kChunkTokens;
+    const float* weights = s.scores + from * kQueryRows;
+    widen_chunk(t, t.v_pages, span.base + from, tokens, s.chunk);
+    int64_t d = 0;
+    for (; d + kBlock <= dim; d += kBlock) value_block<kVectors, kBlock>(weights, s.chunk + d, tokens, padded, s.segment + d * kQueryRows);
+    for (; d < dim; ++d) value_block<kVectors, 1>(weights, s.chunk + d, tokens, padded, s.segment + d * kQueryRows);
+  }
+  join_lanes(t, s, kVectors);
+}
+
+static void gather_queries(const AttentionTask& t, const Lanes& s, float* row) {
+  const int64_t dim = t.head_dim, rows = t.count * t.group;
+  std::memset(s.queries, 0, sizeof(float) * padded_dim(t) * kQueryRows);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = ((t.first + r / t.group) * t.heads + t.head + r % t.group) * dim;
+    read_row(static_cast<const char*>(t.q) + at * size_of(t.q_type), t.q_type, dim, nullptr, 0.0f, row);
+    for (int64_t d = 0; d < dim; ++d) s.queries[d * kQueryRows + r] = row[d] * t.scale;
+  }
+}
+
+static void store_head(const AttentionTask& t, int64_t query, int64_t head, const float* values) {
+  char* out = static_cast<char*>(t.out) + ((t.first + query) * t.heads + t.head + head) * t.head_dim * size_of(t.q_type);
+  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    const int64_t lanes = t.head_dim - d < kLanes ? t.head_dim - d : kLanes;
+    store_some(t.q_type, out + d * size_of(t.q_type), load(values + d), static_cast<int>(lanes));
+  }
+}
+
+static void scatter_values(const AttentionTask& t, const Lanes& s, float* row) {
+  for (int v = 0; v < kQueryRows; v += kLanes) {
+    const Floats total = max(load(s.total + v), splat(kLeastTotal));
+    for (int64_t d = 0; d < t.head_dim; ++d) store(s.values + d * kQueryRows + v, load(s.values + d * kQueryRows + v) / total);
+  }
+  for (int64_t r = 0; r < t.count * t.group; ++r) {
+    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r];
+    store_head(t, r / t.group, r % t.group, row);
+  }
+}
+
+static void attend_lanes(const AttentionTask& t, float* scratch) {
+  const int64_t padded = padded_dim(t);
+  Lanes s;
+  s.queries = scratch;
+  s.values = s.queries + padded * kQueryRows;
+  s.segment = s.values + padded * kQueryRows;
+  s.scores = s.segment + padded * kQueryRows;
+  s.chunk = s.scores + kSegment * kQueryRows;
+  s.maximum = s.chunk + kChunkTokens * padded;
+  s.total = s.maximum + kQueryRows;
+  s.segment_maximum = s.total + kQueryRows;
+  s.segment_total = s.segment_maximum + kQueryRows;
+  gather_queries(t, s, s.chunk);
+  std::memset(s.values, 0, sizeof(float) * padded * kQueryRows);
+  for (int r = 0; r < kQueryRows; ++r) s.maximum[r] = kMasked, s.total[r] = 0.0f;
+  for (int64_t base = t.begin / kSegment * kSegment; base < t.end; base += kSegment) {
+    if (t.count * t.group > kLanes) attend_segment<kRowVectors>(t, s, span_of(t, base));
+    else attend_segment<1>(t, s, span_of(t, base));
+  }
+  scatter_values(t, s, s.chunk);
+}
+
+}  // namespace tars::TARS_ISA

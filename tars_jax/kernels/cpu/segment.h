@@ -1,0 +1,53 @@
+// What both shapes of attention share (`attend.h`): cached vectors, the tokens of a segment, and how two softmaxes become one.
+#pragma once
+#include "kernels.h"
+#include "rows.h"
+
+namespace tars::TARS_ISA {
+
+constexpr float kMasked = -1e30f;  // finite, so that a fully masked segment gives exp(0) * 0 and not NaN
+constexpr float kLeastTotal = 1e-30f;  // a query that sees nothing gives zeros
+
+TARS_INLINE int64_t padded_dim(const AttentionTask& t) { return ceil_div(t.head_dim, kLanes) * kLanes; }
+
+TARS_INLINE const char* cached(const AttentionTask& t, const void* pages, int64_t token) {
+  const int64_t index = t.page_shift >= 0 ? token >> t.page_shift : token / t.page;
+  const int64_t slot = (t.table[index] * t.kv_heads + t.kv_head) * t.page + token - index * t.page;
+  return static_cast<const char*>(pages) + slot * cache_bytes(t.cache_type, t.head_dim);
+}
+
+TARS_INLINE Floats softcap(Floats x, float cap) { return cap > 0 ? splat(cap) * tanh(x / splat(cap)) : x; }
+
+// Up to 16 numbers of a cached vector from dimension `d`, of which `left` remain; the rest is zero.
+template <DType kType>
+TARS_INLINE Floats load_cached(const char* vector, int64_t d, int64_t left) {
+  const char* p = vector + cache_offset(kType) + d * size_of(kType);
+  const Floats x = left >= kLanes ? load_as(kType, p) : load_some(kType, p, static_cast<int>(left));
+  if constexpr (kType != DType::kI8) return x;
+  float scale;
+  std::memcpy(&scale, vector, sizeof scale);
+  return x * splat(scale);
+}
+
+struct Span {  // tokens of a segment that are looked at
+  int64_t base;
+  int begin, end;  // from base
+};
+
+TARS_INLINE Span span_of(const AttentionTask& t, int64_t base) {
+  return {base, static_cast<int>(t.begin > base ? t.begin - base : 0), static_cast<int>(t.end - base < kSegment ? t.end - base : kSegment)};
+}
+
+// How two softmaxes become one: the weights of each under their common maximum (Milakov and Gimelshein 2018, arXiv 1805.02867).
+struct Join {
+  Floats maximum, old_weight, new_weight;
+};
+TARS_INLINE Join join(Floats old_maximum, Floats new_maximum) {
+  const Floats top = max(new_maximum, old_maximum);
+  return {top, exp(old_maximum - top), exp(new_maximum - top)};
+}
+TARS_INLINE Floats joined(Floats old_sum, Floats old_weight, Floats new_sum, Floats new_weight) {
+  return fma(new_sum, new_weight, old_sum * old_weight);
+}
+
+}  // namespace tars::TARS_ISA
