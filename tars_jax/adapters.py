@@ -1,4 +1,5 @@
-"""Adapters: low-rank updates of a model's weights, kept apart from it (LoRA, Hu et al. 2021, arXiv 2106.09685).
+"""Adapters: small changes of a model, kept apart from it: low-rank updates of weights (LoRA, Hu et al. 2021, arXiv 2106.09685), other
+norms, and steering vectors.
 
 An update of a weight W [O, K] is ``scale * a @ b`` with a [O, r] and b [r, K]. LoRA's papers and files call our b "A" and our a "B".
 Names and the order of rows are those of `model.spec`, whatever file an adapter came from.
@@ -34,10 +35,13 @@ class Update:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """Updates by the names of the weights they belong to, e.g. ``layers.3.q``."""
+    """Updates by the names of the weights they belong to, e.g. ``layers.3.q``. norms: float32 [H], to be used instead of the model's, by
+    name, e.g. ``layers.3.mlp_norm``; steering: float32 [H], added to the residual stream after a layer, by its number."""
 
     updates: Mapping[str, Update]
     source: str = "the adapter"  # for messages
+    norms: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    steering: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def rank(self) -> int:
@@ -46,13 +50,19 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        return sum(update.a.nbytes + update.b.nbytes for update in self.updates.values())
+        arrays = [array for update in self.updates.values() for array in (update.a, update.b)]
+        return sum(array.nbytes for array in (*arrays, *self.norms.values(), *self.steering.values()))
 
 
-def misfits(updates: Mapping[str, Update], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with updates for matrices of these shapes, a line a fault."""
+def is_norm(name: str | None) -> bool:
+    """Whether a weight of this name is a norm of the residual stream, which an adapter may hold."""
+    return (name or "").rpartition(".")[2] in ("attention_norm", "mlp_norm", "norm")
+
+
+def misfits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with an adapter for a model whose weights have these shapes, a line a fault."""
     faults = []
-    for name, update in updates.items():
+    for name, update in adapter.updates.items():
         outputs, inputs, ranks = update.a.shape[0], update.b.shape[-1], (update.a.shape[1], update.b.shape[0])
         if len(shapes.get(name, ())) != 2:
             faults.append(f"the model has no matrix {name}")
@@ -62,22 +72,52 @@ def misfits(updates: Mapping[str, Update], shapes: Mapping[str, tuple[int, ...]]
             faults.append(f"{name} has the ranks {ranks[0]} and {ranks[1]}")
         elif not (np.isfinite(update.a).all() and np.isfinite(update.b).all() and np.isfinite(update.scale)):
             faults.append(f"{name} holds numbers that are not finite")
+    width = shapes.get("norm", ())
+    vectors = {name: (vector, is_norm(name) and name in shapes) for name, vector in adapter.norms.items()}
+    vectors |= {f"layer {i}": (vector, f"layers.{i}.down" in shapes) for i, vector in adapter.steering.items()}
+    for name, (vector, is_there) in vectors.items():
+        if not is_there:
+            faults.append(f"the model has no {name}")
+        elif vector.shape != width:
+            faults.append(f"the vector for {name} has the shape {list(vector.shape)}, the model's residual stream {list(width)}")
+        elif not np.isfinite(vector).all():
+            faults.append(f"the vector for {name} holds numbers that are not finite")
     return faults
 
 
 def apply_adapter(params: Decoder, adapter: Adapter, strength: float = 1.0) -> Decoder:
     """The parameters with a `LowRank` leaf for every weight that the adapter updates, ``strength`` times; the base stays as it is.
+    Norms go ``strength`` of the way to the adapter's, steering vectors become part of the layers' output biases.
 
     Several adapters add up, in one `LowRank`. Raises InvalidRequest that lists all updates that do not fit.
     """
     check_fits(params, adapter)
-    return change_weights(params, {name: partial(_add, update=update, strength=strength) for name, update in adapter.updates.items()})
+    changes: dict[str, Callable[[Any], Any]] = {}
+    changes |= {name: partial(_add, update=update, strength=strength) for name, update in adapter.updates.items()}
+    changes |= {name: partial(_towards, goal=norm, strength=strength) for name, norm in adapter.norms.items()}
+    params = change_weights(params, changes)
+    return steer(params, {i: jnp.asarray(vector * np.float32(strength)) for i, vector in adapter.steering.items()})
+
+
+def steer(params: Decoder, vectors: Mapping[int, jax.Array]) -> Decoder:
+    """The parameters with float32 [H] added to the residual stream after these layers; or [N, H], one for each of N equal runs of
+    rows, as a `LowRank` has them."""
+    layers = list(params.layers)
+    for i, vector in vectors.items():
+        bias = layers[i].down_bias
+        total = vector if bias is None else jnp.broadcast_to(bias, vector.shape) + vector
+        layers[i] = dataclasses.replace(layers[i], down_bias=total)
+    return dataclasses.replace(params, layers=tuple(layers))
 
 
 def check_fits(params: Decoder, adapter: Adapter) -> None:
     """Raise InvalidRequest that lists all updates which do not fit these parameters."""
-    shapes = {name: tuple(leaf.shape) for name, leaf in _weights(_untied(params, adapter.updates))[0].items()}
-    refuse(misfits(adapter.updates, shapes), f"{adapter.source} does not fit this model")
+    refuse(misfits(adapter, weight_shapes(_untied(params, adapter.updates))), f"{adapter.source} does not fit this model")
+
+
+def weight_shapes(params: Decoder) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name, whatever its layout."""
+    return {name: tuple(leaf.shape) for name, leaf in _weights(params)[0].items()}
 
 
 def change_weights(params: Decoder, changes: Mapping[str, Callable[[Any], Any]]) -> Decoder:
@@ -113,3 +153,8 @@ def _add(leaf: Any, update: Update, strength: float) -> LowRank:
         return LowRank(leaf, a, b, scale)
     a = jnp.concatenate([leaf.a * leaf.scale, a * scale], axis=1)
     return LowRank(leaf.base, a, jnp.concatenate([leaf.b, b]), jnp.float32(1))
+
+
+def _towards(norm: jax.Array, goal: np.ndarray, strength: float) -> jax.Array:
+    there = jnp.asarray(goal, norm.dtype)
+    return there if strength == 1 else norm + jnp.asarray(strength, norm.dtype) * (there - norm)

@@ -70,28 +70,37 @@ def take(w: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def norm_linear(
     x: jax.Array,
-    norm: jax.Array,
+    norm: jax.Array | None,
     eps: float,
     weights: Sequence[Weight],
     biases: Sequence[jax.Array | None],
     activation: Activation | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``activate(rms_norm(x) @ w.T + bias)`` for each of several weights."""
+    """``activate(rms_norm(x) @ w.T + bias)`` for each of several weights. Without ``norm`` x is used as it is."""
+    if norm is not None and norm.ndim == 2:  # the kernels know one norm for all rows
+        x, norm = rms_norm(x, norm, eps), None
     if all(isinstance(w, kernels.Tiled) for w in weights):
         return kernels.norm_linear(x, norm, eps, weights, biases, activation=activation)
+    normed = x if norm is None else rms_norm(x, norm, eps)
     if activation is None and all(uses_kernels(w) for w in weights):  # one call for the bases, and what was added to them
         products = kernels.norm_linear(x, norm, eps, [innermost(w) for w in weights], biases)
-        normed = rms_norm(x, norm, eps)
         return tuple(y + _updates(normed, w) for y, w in zip(products, weights, strict=True))
-    normed = rms_norm(x, norm, eps)
     results = [_biased(matmul(normed, w), bias) for w, bias in zip(weights, biases, strict=True)]
     return tuple(y if activation is None else activate(y, activation) for y in results)
 
 
 def gated(
-    x: jax.Array, norm: jax.Array, eps: float, gate: Weight, up: Weight, biases: Sequence[jax.Array | None], activation: Activation
+    x: jax.Array,
+    norm: jax.Array | None,
+    eps: float,
+    gate: Weight,
+    up: Weight,
+    biases: Sequence[jax.Array | None],
+    activation: Activation,
 ) -> jax.Array:
     """``activate(n @ gate.T + bias) * (n @ up.T + bias)`` of the normed input n (SwiGLU and its kin)."""
+    if norm is not None and norm.ndim == 2:
+        x, norm = rms_norm(x, norm, eps), None
     if isinstance(gate, kernels.Tiled) and isinstance(up, kernels.Tiled):
         return kernels.gated(x, norm, eps, gate, up, activation, *biases)
     g, u = norm_linear(x, norm, eps, [gate, up], biases)
@@ -99,7 +108,11 @@ def gated(
 
 
 def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array, axis: str | None = None) -> jax.Array:
-    """``residual + x @ w.T + bias``; with a mesh ``axis`` the product is summed over it, each device holding part of the inputs."""
+    """``residual + x @ w.T + bias``; with a mesh ``axis`` the product is summed over it, each device holding part of the inputs.
+
+    The bias is [O]; or [N, O], one for each of N equal runs of rows, as a `LowRank` has them."""
+    if bias is not None and bias.ndim == 2:  # the kernels know one bias for all rows
+        residual, bias = _biased(residual, bias), None
     if axis is not None:
         return residual + _biased(lax.psum(matmul(x, w), axis), bias)
     if uses_kernels(w):
@@ -121,7 +134,8 @@ def output_mlp(
     weights and biases: output projection, gate (None where there is none), up, down. ``axis`` as in `linear_add`.
     """
     output, gate, up, down = weights
-    if axis is None and all(w is None or isinstance(w, kernels.Tiled) for w in weights):
+    in_runs = norm.ndim == 2 or any(bias is not None and bias.ndim == 2 for bias in biases)
+    if axis is None and not in_runs and all(w is None or isinstance(w, kernels.Tiled) for w in weights):
         there = [i for i, w in enumerate(weights) if w is not None]
         tiled: list[Any] = [weights[i] for i in there]
         return kernels.output_mlp(heads, residual, norm, config.norm_eps, tiled, [biases[i] for i in there], config.activation)
@@ -164,15 +178,23 @@ def attend(
 
 
 def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return y if bias is None else y + bias.astype(y.dtype)[None]
+    return y if bias is None else y + _over_rows(bias.astype(y.dtype), y.shape[0])
+
+
+def _over_rows(vectors: jax.Array, rows: int) -> jax.Array:
+    """A vector [K] for all rows, [1, K]; or N of them, [N, K], each over its run of rows, [rows, K]."""
+    return vectors[None] if vectors.ndim == 1 else jnp.repeat(vectors, rows // vectors.shape[0], axis=0)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    The weight is [K]; or [N, K], one for each of N equal runs of the rows x [T, K], as a `LowRank` has them."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    weight = jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))
-    return (wide * scale * weight).astype(x.dtype)
+    weight = weight.astype(jnp.float32)
+    gains = _over_rows(weight, x.shape[0]) if weight.ndim == 2 else jnp.expand_dims(weight, range(x.ndim - 1))
+    return (wide * scale * gains).astype(x.dtype)
 
 
 def activate(x: jax.Array, kind: Activation) -> jax.Array:

@@ -54,7 +54,7 @@ def partitions(params: Decoder, config: ModelConfig) -> Decoder:
     wanted = {leaf_name(path): partition(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(spec(config))[0]}
 
     def arrays(path: tuple[Any, ...], leaf: Any) -> Any:
-        split = wanted[leaf_name(path)]
+        split = wanted.get(leaf_name(path), PartitionSpec())  # a bias that steers is the model's own in no configuration
         if isinstance(leaf, Tiled):  # the device's own tiles stand together, whichever axis of the matrix was cut
             split = PartitionSpec(AXIS) if AXIS in split else PartitionSpec()
         return jax.tree.map(lambda _: split, leaf)
@@ -73,7 +73,7 @@ def shard(params: Decoder, config: ModelConfig, mesh: Mesh) -> Decoder:
     def cut(path: tuple[Any, ...], leaf: Any) -> Any:
         if isinstance(leaf, LowRank):
             raise InvalidRequest("a model with adapters cannot be split over devices")
-        split = wanted[leaf_name(path)]
+        split = wanted.get(leaf_name(path), PartitionSpec())
         return split_tiles(leaf, mesh.size, axis=split.index(AXIS)) if isinstance(leaf, Tiled) and AXIS in split else leaf
 
     params = jax.tree_util.tree_map_with_path(cut, params, is_leaf=_is_weight)

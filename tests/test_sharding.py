@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from tars_jax import kernels, sharding
+from tars_jax.adapters import steer
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import ModelConfig
 from tars_jax.errors import InvalidRequest
@@ -44,6 +45,8 @@ def ragged() -> RaggedBatch:
 def weights(form: str) -> Any:
     """Random parameters whose biases are not zero."""
     params = jax.tree.map(lambda x: x if x.ndim > 1 else x + 0.1, init(jax.random.key(0), CONFIG))
+    if form == "steered":
+        return steer(params, {1: jnp.ones(CONFIG.hidden_size)})
 
     def convert(leaf: Any) -> Any:
         if leaf.ndim < 2 or form == "dense":
@@ -58,7 +61,7 @@ def weights(form: str) -> Any:
     return jax.tree.map(convert, params)
 
 
-@pytest.mark.parametrize("form", ["dense", "packed", "tiled", "tiled dense"])
+@pytest.mark.parametrize("form", ["dense", "packed", "tiled", "tiled dense", "steered"])
 def test_two_devices_compute_what_one_does(form: str) -> None:
     if form.startswith("tiled") and not kernels.available():
         pytest.skip("no CPU kernels here")

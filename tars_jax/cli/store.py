@@ -60,7 +60,8 @@ def describe(answer: dict[str, Any], *, verbose: bool = False) -> str:
     sections = [_section("Model", [f"{label:<20}{value}" for label, value in model.items()])]
     sections.append(_section("Capabilities", answer["capabilities"]))
     if adapters := answer.get("adapters"):
-        lines = [f"{a['type']}, rank {a['rank']}, {a['weights']} weights, {human_bytes(a['size'])}" for a in adapters]
+        ranks = [f", rank {a['rank']}" if a["rank"] else "" for a in adapters]
+        lines = [f"{a['type']}{rank}, {a['weights']} weights, {human_bytes(a['size'])}" for a, rank in zip(adapters, ranks, strict=True)]
         sections.append(_section("Adapters", lines))
     for title in ("Parameters", "System", "License"):
         if text := answer.get(title.lower()):

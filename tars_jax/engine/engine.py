@@ -159,8 +159,10 @@ class Engine:
         """From now on requests may name this adapter; those under way with an earlier one of that name go on with it.
 
         Waits for compilation as `swap` does, which is needed when all ranks are taken (their number then doubles) or a weight is
-        updated for the first time. Raises InvalidRequest for an adapter of another model.
+        updated for the first time. Raises InvalidRequest for an adapter of another model, and for norms and steering vectors.
         """
+        if adapter.norms or adapter.steering:
+            raise InvalidRequest(f"{adapter.source}: requests can choose LoRA adapters; load norms and steering vectors with the model")
         if self.config.tensor_parallel > 1:
             raise InvalidRequest("a model that is split over devices cannot have adapters")
         check_fits(self.model.params, adapter)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax import sharding
-from tars_jax.adapters import is_weight
+from tars_jax.adapters import weight_shapes
 from tars_jax.cache import gather_pages, scatter_pages
 from tars_jax.config import EngineConfig
 from tars_jax.engine.adapters import AdapterSlots
@@ -198,8 +198,8 @@ def _shapes(leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Any:
 
 
 def _check_same_model(params: Decoder, other: Decoder) -> None:
-    ours, theirs = ([tuple(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=is_weight)] for tree in (params, other))
-    if ours != theirs:
+    ours, theirs = (weight_shapes(tree) for tree in (other, params))
+    if not theirs.items() >= ours.items():  # an adapter may add a bias
         raise InvalidRequest("the new weights are those of another model: their shapes differ from the ones being served")
 
 

@@ -1,6 +1,7 @@
 """LoRA adapters in llama.cpp's form: a GGUF file of ``NAME.lora_a`` and ``NAME.lora_b`` tensors. Ollama's adapter layers are such.
 
-Source: llama.cpp src/llama-adapter.cpp and convert_lora_to_gguf.py (MIT licence).
+A norm that takes the place of the model's stands there under its own name, as llama.cpp's converter writes it; llama.cpp itself passes
+it over so far. Source: llama.cpp src/llama-adapter.cpp and convert_lora_to_gguf.py (MIT licence).
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from tars_jax.adapters import Adapter
 from tars_jax.config import ModelConfig
 from tars_jax.errors import ModelFileError
 from tars_jax.loaders.blocks import Blocks
-from tars_jax.loaders.factors import Factor, assemble, common_alpha
+from tars_jax.loaders.factors import Factor, assemble, common_alpha, norm_factor
 from tars_jax.loaders.gguf import GGUFFile, open_gguf
 from tars_jax.loaders.gguf_model import rotary_order
 from tars_jax.loaders.gguf_writer import write_gguf
@@ -47,6 +48,7 @@ def write_gguf_lora(path: Path, adapter: Adapter, config: ModelConfig) -> None:
         if (order := rotary_order(config, leaf, len(a))) is not None:
             a = a[np.argsort(order)]
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = (a, b.T) if leaf == "embed" else (b, a)
+    tensors |= {name_in_file(leaf, GGUF): norm for leaf, norm in adapter.norms.items()}
     metadata: dict[str, str | int | float] = {
         "general.architecture": config.architecture,
         "general.type": "adapter",
@@ -63,7 +65,10 @@ def _factors(file: GGUFFile, config: ModelConfig) -> Iterator[Factor]:
         base, _, half = name.rpartition(".lora_")
         read = file.read(name)
         value = read.dequantize() if isinstance(read, Blocks) else read
-        leaf = translate(base, GGUF) if half in ("a", "b") else None
+        if half not in ("a", "b"):
+            yield norm_factor(name, translate(name, GGUF), value)
+            continue
+        leaf = translate(base, GGUF)
         if leaf == "embed":
             yield Factor(name, leaf, "a", value) if half == "a" else Factor(name, leaf, "b", value.T)
             continue

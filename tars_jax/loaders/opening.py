@@ -16,7 +16,7 @@ from tars_jax.config import EngineConfig, ModelConfig, models_dir
 from tars_jax.errors import ModelFileError
 from tars_jax.loaders.blocks import TYPES
 from tars_jax.loaders.gguf import GGUFFile, open_gguf
-from tars_jax.loaders.gguf_lora import read_gguf_lora
+from tars_jax.loaders.gguf_adapter import read_gguf_adapter
 from tars_jax.loaders.gguf_model import read_config, tensor_reader
 from tars_jax.loaders.loaded import Model
 from tars_jax.loaders.params import Progress, WeightForm, build_params, stored
@@ -68,8 +68,8 @@ def load(
 ) -> Model:
     """Open a model by its name in the store or by the path of its file; ``preset:NAME`` is a preset with random weights.
 
-    adapters: LoRA, in memory or paths as in `read_adapter`; they stay apart from the weights, and several add up. A model of the store
-    has those it was stored with too.
+    adapters: LoRA, norms or steering vectors, in memory or paths as in `read_adapter`; LoRA stays apart from the weights, and several
+    add up. A model of the store has those it was stored with too.
     weights: "tiled" lays matrices out for the CPU kernels, "packed" keeps quantised ones as they are, "dense" expands them to
     the compute type. "auto" is "tiled" on a CPU with kernels; else it expands what takes at most a quarter of the free memory,
     because XLA alone would expand packed weights again on every step.
@@ -99,7 +99,7 @@ def load(
 
 
 def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
-    """Read a LoRA adapter for a model of this configuration: a PEFT folder (or a file in it) or a GGUF file.
+    """Read an adapter for a model of this configuration: a PEFT folder (or a file in it) or a GGUF file; LoRA, norms or steering.
 
     Raises ModelFileError that says what is missing, malformed, or does not fit.
     """
@@ -110,7 +110,7 @@ def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
         raise ModelFileError(f"{path}: no such adapter; pass a PEFT folder or a GGUF file")
     if path.name == CONFIG_FILE or path.suffix == ".safetensors":
         return read_peft(path.parent, config)
-    return read_gguf_lora(path, config)
+    return read_gguf_adapter(path, config)
 
 
 def _with_adapters(model: Model, adapters: Sequence[str | Path | Adapter]) -> Model:

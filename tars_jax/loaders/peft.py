@@ -1,6 +1,7 @@
-"""LoRA adapters in PEFT's form: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Adapters in PEFT's form: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, of LoRA or of tuned norms (LN Tuning,
+Zhao et al. 2023, arXiv 2312.11420).
 
-Source: https://huggingface.co/docs/peft/developer_guides/checkpoint, and peft/tuners/lora/config.py for the fields.
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint, and peft/tuners/{lora,ln_tuning}/config.py for the fields.
 """
 
 import json
@@ -16,19 +17,21 @@ import numpy as np
 
 from tars_jax.adapters import Adapter
 from tars_jax.config import ModelConfig
-from tars_jax.errors import ModelFileError
-from tars_jax.loaders.factors import Factor, assemble, common_alpha
+from tars_jax.errors import InvalidRequest, ModelFileError
+from tars_jax.loaders.factors import Factor, assemble, common_alpha, norm_factor
 from tars_jax.loaders.names import HUGGING_FACE, name_in_file, translate
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
+_NORM = re.compile(r"(?P<module>.*?)(\.ln_tuning_layers)?(\.default)?\.weight")
 _HALF = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(\.default)?(\.weight)?")
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base weights as they are
 
 
 def read_peft(folder: Path, config: ModelConfig) -> Adapter:
-    """Read a LoRA adapter for a model of this configuration. Raises ModelFileError for what is missing, malformed, or more than LoRA."""
+    """Read an adapter for a model of this configuration. Raises ModelFileError for what is missing, malformed, or more than
+    LoRA or norms."""
     settings = _read_config(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -40,18 +43,38 @@ def read_peft(folder: Path, config: ModelConfig) -> Adapter:
 
 
 def write_peft(folder: Path, adapter: Adapter, base_model: str = "") -> None:
-    """Write an adapter so that ``PeftModel.from_pretrained`` reads it, float32; ``base_model`` is the name or path it belongs to."""
+    """Write an adapter so that ``PeftModel.from_pretrained`` reads it, float32; ``base_model`` is the name or path it belongs to.
+
+    Raises InvalidRequest for steering vectors, and for updates and norms together: PEFT has no form for them.
+    """
     from safetensors.numpy import save_file
 
+    if adapter.steering or bool(adapter.updates) == bool(adapter.norms):
+        raise InvalidRequest(
+            f"{adapter.source} cannot be a PEFT adapter, which is either low-rank updates or norms; write it as a GGUF file"
+        )
+    settings, tensors = _tuned_norms(adapter) if adapter.norms else _lora(adapter)
+    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _tuned_norms(adapter: Adapter) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Settings and tensors of PEFT's LN Tuning."""
+    modules = {name_in_file(leaf, HUGGING_FACE).removesuffix(".weight"): norm for leaf, norm in adapter.norms.items()}
+    tensors = {f"{_PREFIX}{module}.ln_tuning_layers.weight": norm for module, norm in modules.items()}
+    return {"peft_type": "LN_TUNING", "target_modules": list(modules)}, tensors
+
+
+def _lora(adapter: Adapter) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Settings and tensors of PEFT's LoRA."""
     alpha, scaled = common_alpha(adapter)
     modules = {leaf: name_in_file(leaf, HUGGING_FACE).removesuffix(".weight") for leaf in adapter.updates}
     ranks = {modules[leaf]: update.rank for leaf, update in adapter.updates.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
         "r": usual,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -68,10 +91,8 @@ def write_peft(folder: Path, adapter: Adapter, base_model: str = "") -> None:
             halves = {f"{name}.lora_embedding_A": scaled[leaf].T, f"{name}.lora_embedding_B": update.b.T}
         else:
             halves = {f"{name}.lora_A.weight": update.b, f"{name}.lora_B.weight": scaled[leaf]}
-        tensors |= {half: np.ascontiguousarray(value) for half, value in halves.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        tensors |= halves
+    return settings, tensors
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -93,7 +114,7 @@ def _refuse_extras(settings: Mapping[str, Any], folder: Path) -> None:
     kind = str(settings.get("peft_type", "LORA"))
     start = settings.get("init_lora_weights")
     extras = {
-        f"peft_type {kind}": kind.upper() != "LORA",
+        f"peft_type {kind}": kind.upper() not in ("LORA", "LN_TUNING"),
         "use_dora (DoRA)": bool(settings.get("use_dora")),
         f"bias {settings.get('bias')!r}": settings.get("bias", "none") not in ("none", None),
         "lora_bias": bool(settings.get("lora_bias")),
@@ -103,7 +124,9 @@ def _refuse_extras(settings: Mapping[str, Any], folder: Path) -> None:
         f"init_lora_weights {start!r}, which changes the base weights": start not in _PLAIN_STARTS,
     }
     if found := [name for name, there in extras.items() if there]:
-        raise ModelFileError(f"{folder}: only plain LoRA adapters are supported, this one has {', '.join(found)}; merge it into its model")
+        raise ModelFileError(
+            f"{folder}: only plain LoRA and tuned norms are supported, this one has {', '.join(found)}; merge it into its model"
+        )
 
 
 class _Scales:
@@ -150,9 +173,11 @@ def _factors(path: Path) -> Iterator[Factor]:
 
 def _factor(name: str, value: np.ndarray) -> Factor:
     """PEFT's A [r, K] is our b, its B [O, r] our a; an embedding's are A [r, V] and B [D, r] of the transposed table."""
-    match = _HALF.fullmatch(name.removeprefix(_PREFIX))
+    bare = name.removeprefix(_PREFIX)
+    match = _HALF.fullmatch(bare)
     if match is None:
-        return Factor(name, None, "a", value)
+        norm = _NORM.fullmatch(bare)
+        return norm_factor(name, translate(norm["module"] + ".weight", HUGGING_FACE) if norm else None, value)
     leaf = translate(match["module"] + ".weight", HUGGING_FACE)
     if match["embedding"]:
         return Factor(name, leaf if leaf == "embed" else None, "a" if match["half"] == "A" else "b", value.T)

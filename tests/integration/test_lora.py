@@ -10,7 +10,7 @@ import pytest
 
 from tars_jax import load
 from tars_jax.adapters import Adapter, Update
-from tars_jax.loaders.factors import matrices
+from tars_jax.loaders.factors import expected_shapes
 from tars_jax.loaders.gguf_lora import write_gguf_lora
 from tars_jax.perplexity import log_probabilities
 
@@ -21,7 +21,7 @@ TEXT = "The lighthouse at the end of the breakwater was built in 1897, after the
 def adapter_path(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rank 4 on every matrix of the blocks."""
     rng = np.random.default_rng(0)
-    shapes = {name: shape for name, shape in matrices(smollm2.config).items() if len(shape) == 2 and name.startswith("layers")}
+    shapes = {name: shape for name, shape in expected_shapes(smollm2.config).items() if len(shape) == 2 and name.startswith("layers")}
     updates = {
         name: Update(rng.normal(size=(o, 4)).astype(np.float32), rng.normal(size=(4, k)).astype(np.float32) / k**0.5, 0.3)
         for name, (o, k) in shapes.items()
