@@ -129,7 +129,8 @@ def check(request: OptimizeRequest) -> "tuple[Settings, Limits]":
     parse_fitness(request.fitness)
     limits = Limits(request.seconds, request.generations, request.target)
     settings = Settings(
-        strategy=request.strategy,  # type: ignore[arg-type]  # checked there
+        space=request.space,  # type: ignore[arg-type]  # checked there
+        strategy=request.strategy,  # type: ignore[arg-type]
         layers=request.layers,
         rank=request.rank,
         population=request.population,

@@ -181,6 +181,7 @@ class OptimizeRequest(_Named):
 
     data: tuple[dict[str, Any], ...] = ()
     eval: tuple[dict[str, Any], ...] = ()  # none: a fifth of the data is held out
+    space: str = "low-rank"
     strategy: str = "eggroll"
     fitness: str = "label"
     layers: str = "last:6"

@@ -21,11 +21,12 @@ from tars_jax.evolve.data import Example, encode_examples, read_examples
 from tars_jax.evolve.evaluation import Evaluation, refusal, wilson
 from tars_jax.evolve.evolution import Evolution, State
 from tars_jax.evolve.fitness import parse_fitness
+from tars_jax.evolve.low_rank import matrix_names
 from tars_jax.evolve.report import as_html, as_json
 from tars_jax.evolve.scoring import score, trunk
 from tars_jax.evolve.sentiment import HELD_OUT_ADJECTIVES, HELD_OUT_NOUNS, TRAIN_ADJECTIVES, TRAIN_NOUNS, sentiment_task
 from tars_jax.evolve.settings import Settings
-from tars_jax.evolve.space import choose_layers, matrix_names, updated
+from tars_jax.evolve.space import choose_layers
 from tars_jax.evolve.strategy import Eggroll, RandomSearch, standardised
 from tars_jax.perplexity import log_probabilities
 from tests.tiny import CONFIG, tiny_model
@@ -99,11 +100,15 @@ def test_scores_are_the_models_own(evolution: Evolution) -> None:
 
 
 def test_a_population_scores_as_its_members_alone(evolution: Evolution) -> None:
+    check_members(evolution, random_vectors(evolution, 4))
+
+
+def check_members(evolution: Evolution, vectors: jax.Array) -> None:
+    """Four members differ, and score in one pass as they do alone."""
     _, batch, states = evolution._generation_batch(0)
-    vectors = random_vectors(evolution, 4)
-    together = evolution._score(updated(evolution.params, evolution.space, vectors), batch, states, 4)
+    together = evolution._score(evolution.space.updated(evolution.params, vectors), batch, states, 4)
     for i, vector in enumerate(vectors):
-        alone = evolution._score(updated(evolution.params, evolution.space, vector), batch, states, 1)
+        alone = evolution._score(evolution.space.updated(evolution.params, vector), batch, states, 1)
         np.testing.assert_allclose(together.log_probability[i], alone.log_probability[0], rtol=1e-4, atol=1e-5)
     assert np.ptp(np.asarray(together.log_probability), axis=0).min() > 1e-3
 
@@ -121,7 +126,7 @@ def test_exact_means_that_greedy_decoding_writes_the_completion(evolution: Evolu
 def test_answers_are_those_of_the_members(evolution: Evolution) -> None:
     model, prompts = evolution.model, [example.prompt for example in evolution.examples[:3]]
     vectors = random_vectors(evolution, 2)
-    found = answers(updated(model.params, evolution.space, vectors), model, prompts, members=2, max_tokens=6)
+    found = answers(evolution.space.updated(model.params, vectors), model, prompts, members=2, max_tokens=6)
     for vector, texts in zip(vectors, found, strict=True):
         changed = dataclasses.replace(model, params=apply_adapter(model.params, evolution.adapter(vector)))
         for prompt, text in zip(prompts, texts, strict=True):
@@ -186,7 +191,7 @@ def test_matrices_that_are_not_there_are_refused() -> None:
 def test_an_adapter_computes_what_was_evaluated(evolution: Evolution) -> None:
     (vector,) = random_vectors(evolution, 1)
     ids = list(evolution.examples[0].prompt)
-    whole = dataclasses.replace(evolution.model, params=updated(evolution.params, evolution.space, vector))
+    whole = dataclasses.replace(evolution.model, params=evolution.space.updated(evolution.params, vector))
     exported = dataclasses.replace(evolution.model, params=apply_adapter(evolution.params, evolution.adapter(vector)))
     np.testing.assert_array_equal(whole.logits(ids), exported.logits(ids))
 
@@ -318,6 +323,7 @@ def accepted(evolution: Evolution) -> job.Outcome:
 def test_the_seed_log_gives_the_adapter_again(evolution: Evolution, tmp_path: Path) -> None:
     outcome = accepted(evolution)
     path = tmp_path / "seeds.json"
+    assert outcome.best is not None
     seed_log.write_seed_log(path, evolution, outcome.state, 2, outcome.best)
     record = seed_log.read_seed_log(path)
     again = Evolution(evolution.model, record["basis_examples"], record["settings"], other=TEXT)
@@ -329,6 +335,7 @@ def test_results_are_read_back(evolution: Evolution, tmp_path: Path) -> None:
     from tars_jax.loaders.opening import read_adapter
 
     outcome = accepted(evolution)
+    assert outcome.best is not None
     job.save(tmp_path, evolution, outcome, "tars optimize <tiny>")
     expected = evolution.adapter(outcome.best)
     for path in (tmp_path / "adapter", tmp_path / "adapter.gguf"):

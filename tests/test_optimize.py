@@ -90,6 +90,7 @@ def metric(client: httpx.Client, name: str) -> float:
         ({"model": "fake", "data": DATA, "fitness": "os:system"}, 400, 'fitness must be "label", "exact" or "json"'),
         ({"model": "fake", "data": DATA, "fitness": "regex:(a+)+$"}, 400, "fitness must be"),
         ({"model": "fake", "data": DATA, "strategy": "luck"}, 400, "strategy must be one of eggroll"),
+        ({"model": "fake", "data": DATA, "space": "luck"}, 400, "space must be one of low-rank, gains, steering"),
         ({"model": "fake", "data": DATA, "population": 5}, 400, "population must be an even number"),
         ({"model": "fake", "data": DATA, "population": 2048}, 400, "population must be at most 1024"),
         ({"model": "fake", "data": DATA, "rank": 65}, 400, "rank must be at most 64"),

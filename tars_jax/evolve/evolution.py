@@ -20,9 +20,7 @@ import numpy as np
 
 from tars_jax.adapters import Adapter
 from tars_jax.errors import InvalidRequest
-from tars_jax.evolve import space as spaces
 from tars_jax.evolve.answers import answers
-from tars_jax.evolve.basis import find_basis
 from tars_jax.evolve.batches import ScoreBatch, Sizes, round_up, score_batch, sizes_for
 from tars_jax.evolve.data import Example
 from tars_jax.evolve.evaluation import Evaluation, general_text, summarise, text_examples
@@ -30,7 +28,8 @@ from tars_jax.evolve.fitness import Fitness, parse_fitness
 from tars_jax.evolve.scoring import Scores, score, trunk
 from tars_jax.evolve.searched import searched
 from tars_jax.evolve.settings import Settings
-from tars_jax.evolve.space import Space
+from tars_jax.evolve.space import Space, choose_layers
+from tars_jax.evolve.spaces import find
 from tars_jax.evolve.strategy import Eggroll, RandomSearch, Strategy
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
@@ -84,31 +83,26 @@ class Evolution:
         self.params = model.params if params is None else params
         self.strategy = strategy or make_strategy(settings)
         self.fitness = fitness or parse_fitness(settings.fitness)
-        layers = spaces.choose_layers(settings.layers, model.config)
-        self.names = spaces.matrix_names(layers, settings.matrices, model.config)
+        layers = choose_layers(settings.layers, model.config)
         self._first = layers[0]
         chunks = text_examples(general_text() if other is None else other, model.tokenizer)
         if len(chunks) < 2 or not self.examples:
             raise InvalidRequest("evolution needs at least one example and 256 tokens of other text")
         self.basis_examples = self.examples[:: -(-len(self.examples) // BASIS_EXAMPLES)]
-        self._basis_text, self._general = chunks[::2], chunks[1::2]
+        self._general = chunks[1::2]
         self._batch_size = min(settings.batch, len(self.examples))
         self._slice_tokens = slice_tokens
         self._space: Space | None = None
+        self._finding = find(self.params, model, settings, layers, self.basis_examples, chunks[::2])
         self._trunk: tuple[int, tuple[list[Example], ScoreBatch, jax.Array]] | None = None
 
     # The search.
 
     def prepare(self) -> Iterator[None]:
-        """Find the directions of the search, a bounded piece of work at a time; `init` does what is left of it."""
-        if self._space is not None:
-            return
-        found: dict[str, np.ndarray] = {}
-        model, rank = self.model, self.settings.rank
-        for part in find_basis(self.params, model.config, model.dtype, self.names, rank, self.basis_examples, self._basis_text):
-            found |= part
+        """Find the space of the search, a bounded piece of work at a time; `init` does what is left of it."""
+        for found in self._finding:
+            self._space = found
             yield
-        self._space = spaces.make_space(self.params, {name: found[name] for name in self.names})
 
     @property
     def space(self) -> Space:
@@ -132,7 +126,7 @@ class Evolution:
         examples, batch, states = self._generation_batch(state.generation)
         first = sum(map(len, state.scored))
         count = min(self._slice(batch), self.strategy.population - first)
-        members = spaces.updated(self.params, self.space, self.strategy.members(state.search, first, count))
+        members = self.space.updated(self.params, self.strategy.members(state.search, first, count))
         fitness = self._fitness(members, examples, batch, states, count)[0]
         scored = (*state.scored, fitness)
         if first + count < self.strategy.population:
@@ -168,16 +162,16 @@ class Evolution:
     # What came of it.
 
     def adapter(self, vector: jax.Array) -> Adapter:
-        """An update as an adapter of the settings' rank; nothing is rounded or cut off."""
-        return spaces.to_adapter(self.space, vector)
+        """An update as what files hold; nothing is rounded or cut off."""
+        return self.space.adapter(vector)
 
     def drift(self, vector: jax.Array) -> float:
-        """Norm of an update over the norm of the matrices it changes."""
-        return spaces.drift(self.space, vector)
+        """Norm of an update over the norm of what it changes."""
+        return self.space.drift(vector)
 
     def evaluation(self, vector: jax.Array, held_out: "HeldOut") -> Iterator[Evaluation | None]:
         """Evaluate an update, None after each bounded piece of work, the result last."""
-        params = spaces.updated(self.params, self.space, vector)
+        params = self.space.updated(self.params, vector)
         parts: list[tuple[np.ndarray, Scores]] = []
         for examples, batch, states in held_out.task:
             fitness, scores = self._fitness(params, examples, batch, states, 1)

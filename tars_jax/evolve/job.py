@@ -119,9 +119,10 @@ def _reached(outcome: Outcome, budget: Budget) -> bool:
 
 
 def save(folder: Path, evolution: Evolution, outcome: Outcome, command: str = "") -> None:
-    """Write the result: the adapter as a PEFT folder and as a GGUF file where there is one, the seed log, the report."""
+    """Write the result: the adapter, where there is one, as a GGUF file and as a PEFT folder (which steering vectors have no form
+    for), the seed log, the report."""
     from tars_jax.evolve.report import as_html, as_json
-    from tars_jax.loaders.gguf_lora import write_gguf_lora
+    from tars_jax.loaders.gguf_adapter import write_gguf_adapter
     from tars_jax.loaders.peft import write_peft
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,8 +131,9 @@ def save(folder: Path, evolution: Evolution, outcome: Outcome, command: str = ""
     write_seed_log(folder / SEED_LOG, evolution, outcome.state, generation, vector)
     if outcome.best is not None:
         adapter = evolution.adapter(outcome.best)
-        write_peft(folder / "adapter", adapter, evolution.model.name)
-        write_gguf_lora(folder / "adapter.gguf", adapter, evolution.model.config)
+        if not adapter.steering:
+            write_peft(folder / "adapter", adapter, evolution.model.name)
+        write_gguf_adapter(folder / "adapter.gguf", adapter, evolution.model.config)
     (folder / f"{REPORT}.json").write_text(as_json(evolution, outcome, command))
     (folder / f"{REPORT}.html").write_text(as_html(evolution, outcome, command))
 

@@ -62,7 +62,7 @@ def as_html(evolution: Evolution, outcome: Outcome, command: str) -> str:
     settings = "".join(f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in record["settings"].items())
     rows = [_row(label, show(outcome.before), "-" if outcome.after is None else show(outcome.after)) for label, show in ROWS]
     if outcome.best is not None:
-        rows.append(_row("norm of the update / of the weights", "0 %", f"{record['drift']:.1%}"))
+        rows.append(_row("norm of the update / of what it changes", "0 %", f"{record['drift']:.1%}"))
     return PAGE.format(
         title=_text(f"Evolution of {evolution.model.name}"),
         verdict=_text(verdict(outcome)),
@@ -108,7 +108,7 @@ def _charts(outcome: Outcome) -> list[str]:
         _chart("Fitness: best member, and mean", fitness),
         _chart("Held-out loss", [[(g, e.loss) for g, e in evaluated]]),
         _chart("Loss on other text", [[(g, e.general_loss) for g, e in evaluated]]),
-        _chart("Norm of the update / of the weights", [[(p.metrics.generation, p.drift) for p in points]]),
+        _chart("Norm of the update / of what it changes", [[(p.metrics.generation, p.drift) for p in points]]),
     ]
 
 

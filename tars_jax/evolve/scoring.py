@@ -60,6 +60,8 @@ def blocks(layers: Sequence[Layer], config: ModelConfig, x: jax.Array, rows: Rag
 
 def _log_probabilities(params: Decoder, config: ModelConfig, states: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-probability of targets [N] after states [N, D], and whether each is the most probable token."""
+    if params.norm.ndim == 2:  # a member's own, to be used before rows of several members come together
+        states, params = ops.rms_norm(states, params.norm, config.norm_eps), dataclasses.replace(params, norm=None)
     count = states.shape[0]
     rows = min(LOGIT_ROWS, count)
     padding = -count % rows

@@ -1,4 +1,4 @@
-"""Any optimizer of `tars_jax.optim` as a strategy: it searches a few numbers, the amounts of as many random directions.
+"""Any optimizer of `tars_jax.optim` as a strategy: it searches a few numbers, those of the space or the amounts of random directions.
 
 Genetic algorithms, annealing and Monte Carlo are at home in tens of dimensions, not in the hundred thousand of an adapter; where many
 directions lead to a better model, a random few of them do too (random embeddings: Wang et al. 2016, arXiv 1301.1942).
@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
 
 @struct.dataclass
 class SearchedState:
-    """key: of the directions; start: float32 [D]; inner: the optimizer's state; asked: float32 [P, DIRECTIONS]."""
+    """key: of the directions; start: float32 [D]; inner: the optimizer's state; asked: float32 [P, n], n = min(D, DIRECTIONS)."""
 
     key: jax.Array
     start: jax.Array
@@ -50,7 +50,7 @@ class Searched:
 
     def init(self, key: jax.Array, start: jax.Array) -> SearchedState:
         own, theirs = jax.random.split(key)
-        inner = self.optimizer.init(theirs, jnp.zeros(DIRECTIONS, jnp.float32), horizon=self.horizon)
+        inner = self.optimizer.init(theirs, jnp.zeros(min(len(start), DIRECTIONS), jnp.float32), horizon=self.horizon)
         asked, inner = _ask(self.optimizer, inner)
         return SearchedState(own, start, inner, asked)
 
@@ -71,17 +71,20 @@ class Searched:
 
 def searched(settings: Settings) -> Searched:
     """The strategy that the settings name; members first differ from the start by twice the settings' sigma."""
-    step = 2 * settings.sigma / DIRECTIONS**0.5
-    return Searched(OPTIMIZERS[settings.strategy](pop_size=settings.population, step=step), settings.horizon)
+    return Searched(OPTIMIZERS[settings.strategy](pop_size=settings.population, step=2 * settings.sigma), settings.horizon)
 
 
 @jax.jit
 def _combined(key: jax.Array, start: jax.Array, amounts: jax.Array) -> jax.Array:
-    """Start plus amounts [N, DIRECTIONS] of the directions: [N, D]. Directions are drawn again each time, never stored."""
+    """Start plus amounts [N, n] of n directions: [N, D]; where n is D, of its numbers themselves. Random directions are drawn again each
+    time, never stored, and so long that a number differs from the start by what the amounts are."""
+    if amounts.shape[1] == len(start):
+        return start[None] + amounts
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total + amounts[:, i, None] * jax.random.normal(jax.random.fold_in(key, i), start.shape, jnp.float32)[None]
+        return total + scaled[:, i, None] * jax.random.normal(jax.random.fold_in(key, i), start.shape, jnp.float32)[None]
 
+    scaled = amounts / amounts.shape[1] ** 0.5
     return lax.fori_loop(0, amounts.shape[1], add, jnp.tile(start, (amounts.shape[0], 1)))
 
 

@@ -7,11 +7,15 @@ from tars_jax.errors import InvalidRequest
 
 StrategyName = Literal["eggroll", "genetic", "annealing", "montecarlo", "hybrid", "random"]
 
+SpaceName = Literal["low-rank", "gains", "steering"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on besides model and data. sigma and learning_rate are relative to a matrix's root mean square."""
+    """Everything a run depends on besides model and data. sigma and learning_rate are in the space's own unit; in low-rank updates that
+    is a matrix's root mean square."""
 
+    space: SpaceName = "low-rank"
     strategy: StrategyName = "eggroll"
     layers: str = "last:6"  # as `space.choose_layers` reads it
     matrices: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
@@ -33,6 +37,7 @@ class Settings:
             if not ok:
                 raise InvalidRequest(f"{field} must be {rule}, got {getattr(self, field)!r}")
 
+        check(self.space in get_args(SpaceName), "space", f"one of {', '.join(get_args(SpaceName))}")
         check(self.strategy in get_args(StrategyName), "strategy", f"one of {', '.join(get_args(StrategyName))}")
         check(4 <= self.population <= 65_536 and self.population % 2 == 0, "population", "an even number from 4 to 65536")
         check(1 <= self.rank <= 256, "rank", "from 1 to 256")

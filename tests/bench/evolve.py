@@ -17,7 +17,6 @@ from tars_jax.evolve.evolution import Evolution
 from tars_jax.evolve.scoring import score
 from tars_jax.evolve.sentiment import sentiment_task
 from tars_jax.evolve.settings import Settings
-from tars_jax.evolve.space import updated
 
 
 def seconds(params: Any, evolution: Evolution, slices: int) -> tuple[float, float]:
@@ -35,7 +34,7 @@ def compare(evolution: Evolution, slices: int, rounds: int) -> list[tuple[float,
     """Throughput through `LowRank` leaves as a share of that through plain ones, a round each: by the clock and by processor time."""
     members = evolution.settings.population // slices
     vectors = 0.02 * jax.random.normal(jax.random.key(0), (members, evolution.space.size), jnp.float32)
-    both = evolution.params, updated(evolution.params, evolution.space, vectors)
+    both = evolution.params, evolution.space.updated(evolution.params, vectors)
     for params in both:
         seconds(params, evolution, slices)
     shares = []
