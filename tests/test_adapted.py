@@ -12,7 +12,8 @@ from tars_jax.adapters import Adapter, Update
 from tars_jax.cli.store import describe
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.errors import InvalidRequest, ModelFileError
-from tars_jax.loaders.adapted import save_adapted
+from tars_jax.loaders.adapted import save_adapted, save_with_params
+from tars_jax.loaders.gguf_adapter import write_gguf_adapter
 from tars_jax.loaders.gguf_lora import write_gguf_lora
 from tars_jax.loaders.gguf_writer import write_gguf
 from tars_jax.loaders.opening import read_adapter
@@ -70,6 +71,26 @@ def test_several_adapters_are_kept_in_their_order(store: Store, tmp_path: Path) 
     save_adapted(store, "base", [tmp_path / "2.gguf"], "tuned")
     saved = save_adapted(store, "tuned", [tmp_path / "5.gguf"], "tuned")
     assert [read_adapter(path, CONFIG).rank for path in saved.adapter_paths] == [2, 5]
+
+
+def test_norms_and_steering_vectors_are_kept_as_they_are(store: Store, tmp_path: Path) -> None:
+    vector = np.arange(32, dtype=np.float32)
+    write_peft(tmp_path / "norms", Adapter({}, norms={"norm": vector}))
+    write_gguf_adapter(tmp_path / "steering.gguf", Adapter({}, steering={1: vector}), CONFIG)
+    saved = save_adapted(store, "base", [tmp_path / "norms", tmp_path / "steering.gguf"], "tuned")
+    norms, steering = (read_adapter(path, CONFIG) for path in saved.adapter_paths)
+    np.testing.assert_array_equal(norms.norms["norm"], vector)
+    np.testing.assert_array_equal(steering.steering[1], vector)
+    shown = catalog.show(store, "tuned")
+    assert [(a["type"], a["rank"], a["weights"]) for a in shown["adapters"]] == [("lora", 0, 1), ("controlvector", 0, 1)]
+    assert "controlvector, 1 weights" in describe(shown)
+
+
+def test_sampler_settings_are_kept_in_one_params_layer(store: Store) -> None:
+    save_with_params(store, "base", {"temperature": 0.2}, "cool")
+    saved = save_with_params(store, "cool", {"top_k": 5, "temperature": 0.1}, "cool")
+    assert [layer.kind for layer in saved.layers] == ["model", "system", "params"]
+    assert saved.params == {"temperature": 0.1, "top_k": 5}
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_store_alone(store: Store, tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
-"""``tars optimize``: evolve an adapter for a model on examples."""
+"""``tars optimize``: search what makes a model better at examples: an adapter, norms, steering vectors, sampler settings."""
 
 import contextlib
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tars_jax.cli.output import note
+from tars_jax.cli.searching import Task, command, display
 from tars_jax.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -21,12 +20,16 @@ def optimize(
     data: Annotated[Path, typer.Option(help='Examples, JSON Lines: {"prompt", "completion"} as they are, or {"messages"} for a chat.')],
     out: Annotated[Path, typer.Option(help="Folder for the result: adapter, seed log, report.")],
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out examples; else a fifth of the data is held out.")] = None,
-    strategy: Annotated[str, typer.Option(help="eggroll, genetic, annealing, montecarlo, hybrid or random.")] = "eggroll",
+    space: Annotated[str, typer.Option(help="What to change: low-rank, gains (of norms), steering or sampler.")] = "low-rank",
+    strategy: Annotated[
+        str | None, typer.Option(help="eggroll (default), genetic (default for sampler), annealing, montecarlo, hybrid or random.")
+    ] = None,
     fitness: Annotated[str, typer.Option(help="label, exact, json, regex:PATTERN or module:function.")] = "label",
     layers: Annotated[str, typer.Option(help='Layers to evolve: "last:6", "all", "0-3,29".')] = "last:6",
     matrices: Annotated[str, typer.Option(help="Their matrices.")] = "q,k,v,o,gate,up,down",
     population: Annotated[int, typer.Option(help="Members of a generation.")] = 32,
     batch: Annotated[int, typer.Option(help="Examples a member is scored on.")] = 6,
+    samples: Annotated[int, typer.Option(help="Answers to each of them, in a search of sampler settings.")] = 2,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 4,
     sigma: Annotated[float, typer.Option(help="How far members stray, relative to the weights.")] = 0.02,
     lr: Annotated[float, typer.Option(help="Step of a generation, relative to the weights.")] = 0.02,
@@ -39,12 +42,23 @@ def optimize(
     evaluate_every: Annotated[int, typer.Option(help="Generations between two held-out evaluations.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    save: Annotated[str, typer.Option(metavar="NAME", help="Keep the model and what was found in the store, as NAME.")] = "",
 ) -> None:
-    """Evolve an adapter for a model on examples, without gradients."""
+    """Make a model better at examples, without gradients: by an adapter, norms, steering vectors, or sampler settings."""
+    if not resume and (out / "report.json").exists():
+        raise InvalidRequest(f"{out} holds the result of a run: choose another folder, or go on with --resume")
+    task = Task(model, data, eval_data, fitness, out, resume, save)
+    if space == "sampler":
+        from tars_jax.cli.sampler_search import SamplerRun
+
+        run = SamplerRun(strategy or "genetic", population, batch, samples, max_new_tokens, seed)
+        return run.execute(task, seconds, generations)
+
     from tars_jax.evolve.job import Budget
 
     settings = {
-        "strategy": strategy,
+        "space": space,
+        "strategy": strategy or "eggroll",
         "fitness": fitness,
         "layers": layers,
         "matrices": tuple(matrices.split(",")),
@@ -59,14 +73,11 @@ def optimize(
         "seed": seed,
     } | ({"horizon": generations} if generations else {})
     budget = Budget(seconds, generations, target, evaluate_every)
-    if not resume and (out / "report.json").exists():
-        raise InvalidRequest(f"{out} holds the result of a run: choose another folder, or go on with --resume")
-    _run(model, data, eval_data, settings, budget, out, resume)
+    _run(task, settings, budget)
 
 
-def _run(model: str, data: Path, eval_data: Path | None, settings: dict[str, Any], budget: "Budget", out: Path, resume: bool) -> None:
+def _run(task: Task, settings: dict[str, Any], budget: "Budget") -> None:
     from tars_jax.evolve import job
-    from tars_jax.evolve.data import read_examples
     from tars_jax.evolve.evolution import Evolution
     from tars_jax.evolve.fitness import parse_fitness
     from tars_jax.evolve.report import verdict
@@ -75,50 +86,34 @@ def _run(model: str, data: Path, eval_data: Path | None, settings: dict[str, Any
 
     chosen = Settings(**settings)
     fitness = parse_fitness(chosen.fitness, trusted=True)
-    loaded = load(model)
-    examples = read_examples(data, loaded)
-    examples, held = (examples, read_examples(eval_data, loaded)) if eval_data else job.split(examples, chosen.seed)
+    loaded = load(task.model)
+    examples, held = task.examples(loaded, chosen.seed)
     evolution = Evolution(loaded, examples, chosen, fitness=fitness)
-    state = job.resume(out, evolution) if resume else None
+    state = job.resume(task.out, evolution) if task.resume else None
     note(f"{len(examples)} examples, {len(held)} held out; preparing")
     held_out = evolution.hold_out(held)
     outcome = _followed(job.search(evolution, held_out, budget, state), budget)
     if outcome is None:
         raise KeyboardInterrupt
     outcome = job.concluded(evolution, held_out, outcome)
-    job.save(out, evolution, outcome, shlex.join(["tars", *sys.argv[1:]]))
+    job.save(task.out, evolution, outcome, command())
     note(verdict(outcome))
-    print(out)
+    if task.save and outcome.best is not None:
+        from tars_jax.loaders.adapted import save_adapted
+
+        task.keep(lambda store: save_adapted(store, task.model, [task.out / "adapter.gguf"], task.save))
+    print(task.out)
 
 
 def _followed(progress: "Iterator[Outcome]", budget: "Budget") -> "Outcome | None":
     """Show a search until it ends or Ctrl-C stops it, and give its last outcome; None if there is nothing yet."""
     outcome = None
-    with _display(budget) as show, contextlib.suppress(KeyboardInterrupt):
+    with display() as show, contextlib.suppress(KeyboardInterrupt):
         for outcome in progress:
-            show(outcome)
-    return outcome if outcome is not None and outcome.state.generation else None
-
-
-@contextlib.contextmanager
-def _display(budget: "Budget") -> "Iterator[Any]":
-    """A bar on a terminal; elsewhere a line a generation."""
-    if not sys.stderr.isatty():
-        yield lambda outcome: note(describe(outcome))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("generation 0", total=1.0)
-
-        def show(outcome: "Outcome") -> None:
             shares = [outcome.seconds / budget.seconds] if budget.seconds else []
             shares += [len(outcome.points) / budget.generations] if budget.generations else []
-            bars.update(task, completed=min(max(shares, default=0.0), 1.0), description=describe(outcome))
-
-        yield show
+            show(describe(outcome), max(shares, default=0.0))
+    return outcome if outcome is not None and outcome.state.generation else None
 
 
 def describe(outcome: "Outcome") -> str:
