@@ -11,6 +11,7 @@ from typing import Any
 
 from api.durations import keep_alive_seconds, parse_duration
 from tars_jax.config import EngineConfig, models_dir
+from tars_jax.tuning.knobs import read_knobs
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ VARIABLES = (
     Variable("TARS_PREFIX_CACHE", "prefix_bytes", parse_size, "disk for read prompts of unloaded models, in TARS_CACHE (default 0: off)"),
     Variable("TARS_PROMPT_LOOKUP", "prompt_lookup", _boolean, "guess tokens by what followed the same ones earlier (default on)"),
     Variable("TARS_INTER_TOKEN_MS", "inter_token_ms", _unsigned, "steps are kept this short if several share the engine (default 100)"),
+    Variable("TARS_TUNED", "tuned", lambda text: read_knobs(Path(text).expanduser()), "file of engine settings, written by `tars tune`"),
     Variable("TARS_RESPONSE_CACHE", "response_cache_bytes", parse_size, "memory for answers to repeated requests (default 100MB, 0: off)"),
     Variable("TARS_RESPONSE_CACHE_TTL", "response_cache_ttl", _keep_alive, 'how long they are kept (default "1h", negative: forever)'),
     Variable(
@@ -162,8 +164,9 @@ class Settings:
     origins: tuple[str, ...] = ()
     cache_dtype: str = "float16"
     prefix_bytes: int = 0
-    prompt_lookup: bool = True
-    inter_token_ms: int = 100
+    prompt_lookup: bool | None = None  # this and the next: None is what ``tuned`` or the engine says
+    inter_token_ms: int | None = None
+    tuned: Mapping[str, int | float] = dataclasses.field(default_factory=dict)  # fields of an engine's configuration
     response_cache_bytes: int = 100_000_000
     response_cache_ttl: float = 3600.0  # seconds; infinite: forever
     response_cache_shared: bool = False  # between API keys, or addresses of clients without one
@@ -174,20 +177,20 @@ class Settings:
 
     def engine(self, context: int) -> EngineConfig:
         """How an engine serves a model with requests of up to ``context`` tokens."""
-        rows = self.num_parallel or EngineConfig.max_rows
-        return EngineConfig(
-            max_context=context,
-            max_rows=rows,
-            max_queue=self.max_queue,
-            cache_dtype=self.cache_dtype,  # type: ignore[arg-type]  # one of the table's
-            prefix_bytes=self.prefix_bytes,
-            prompt_lookup=self.prompt_lookup,
-            target_inter_token_ms=self.inter_token_ms,
-        )
+        chosen = {"prompt_lookup": self.prompt_lookup, "target_inter_token_ms": self.inter_token_ms}
+        settings: dict[str, Any] = {
+            "max_context": context,
+            "max_rows": self.num_parallel or EngineConfig.max_rows,
+            "max_queue": self.max_queue,
+            "cache_dtype": self.cache_dtype,
+            "prefix_bytes": self.prefix_bytes,
+        }
+        return EngineConfig(**settings | dict(self.tuned) | {name: value for name, value in chosen.items() if value is not None})
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """Read the table; a value that cannot be read is reported and its default kept."""
+        """Read the table; a value that cannot be read is reported and its default kept. Raises InvalidRequest for a file that TARS_TUNED
+        names and that cannot be used: whoever made it wants it to count."""
         values: dict[str, Any] = {}
         for variable in VARIABLES:
             text = environ.get(variable.name, "").strip().strip("\"'").strip()

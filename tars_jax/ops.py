@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import io_callback
 
 from tars_jax import kernels
 from tars_jax.attention import ragged_attention
 from tars_jax.cache import RaggedBatch, write
 from tars_jax.config import Activation, ModelConfig, RopeScaling
-from tars_jax.quant import LowRank, QArray, dequantize, innermost
+from tars_jax.quant import LowRank, Observed, QArray, dequantize, innermost
 
 Weight = Any  # an array [O, K], a QArray, a Tiled, or a LowRank on one of them
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin of `rope_table`
@@ -35,6 +36,9 @@ def matmul(x: jax.Array, w: Weight) -> jax.Array:
         return matmul(x, w.base) + _update(x, w)
     if isinstance(w, kernels.Tiled):
         return kernels.norm_linear(x, None, 0.0, [w])[0]
+    if isinstance(w, Observed):
+        io_callback(w.record, None, w.index, jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0))
+        return matmul(x, w.base)
     dense = dequantize(w, x.dtype) if isinstance(w, QArray) else w.astype(x.dtype)
     return lax.dot_general(x, dense, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from tars_jax.errors import InvalidRequest
 from tars_jax.loaders.loaded import Model
+from tars_jax.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, float], None]  # chunks done, chunks in all, perplexity so far
 
@@ -20,20 +21,26 @@ def perplexity(model: Model, text: str, *, context: int = 512, exact: bool = Tru
     """
     if not 4 <= context <= model.config.context_length:
         raise InvalidRequest(f"the context must be between 4 and the model's {model.config.context_length} tokens, got {context}")
-    ids = model.tokenizer.encode(text, add_special=True)
-    chunks = len(ids) // context
-    if not chunks:
-        raise InvalidRequest(f"the text has {len(ids)} tokens; perplexity needs at least one chunk of {context}")
+    chunks = split(model.tokenizer, text, context)
     total, count = 0.0, 0
-    for i in range(chunks):
-        chunk = ids[i * context : (i + 1) * context]
-        if model.tokenizer.add_bos and model.tokenizer.bos_id is not None:
-            chunk[0] = model.tokenizer.bos_id
+    for i, chunk in enumerate(chunks):
         scores = log_probabilities(model.logits(chunk, exact=exact)[context // 2 : -1], chunk[context // 2 + 1 :])
         total, count = total - float(scores.sum()), count + len(scores)
         if progress:
-            progress(i + 1, chunks, math.exp(total / count))
+            progress(i + 1, len(chunks), math.exp(total / count))
     return math.exp(total / count)
+
+
+def split(tokenizer: Tokenizer, text: str, context: int) -> list[list[int]]:
+    """A text's tokens in chunks of ``context``, the rest left out. Raises InvalidRequest for a text without a whole chunk."""
+    ids = tokenizer.encode(text, add_special=True)
+    chunks = [ids[start : start + context] for start in range(0, len(ids) - context + 1, context)]
+    if not chunks:
+        raise InvalidRequest(f"the text has {len(ids)} tokens; at least one chunk of {context} is needed")
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
+        for chunk in chunks:
+            chunk[0] = tokenizer.bos_id
+    return chunks
 
 
 def log_probabilities(logits: np.ndarray, targets: list[int]) -> np.ndarray:

@@ -5,6 +5,7 @@ scale, and where the format has one a minimum, per group of 16 or 32 inputs). On
 that these types exist.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,6 +63,20 @@ class LowRank:
     @property
     def nbytes(self) -> int:
         return int(self.base.nbytes + self.a.nbytes + self.b.nbytes)
+
+
+@struct.dataclass
+class Observed:
+    """A dense matrix [O, K] that tells what it multiplies: for every product, ``record`` hears on the host ``index`` and the sums of the
+    inputs' squares over the tokens, float32 [K]."""
+
+    base: jax.Array
+    index: jax.Array  # int32 scalar
+    record: Callable[[jax.Array, jax.Array], None] = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
 
 
 Weight = jax.Array | QArray | LowRank

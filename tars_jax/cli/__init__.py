@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tars_jax.cli import bench, optimize, perplexity, plan, run, server, store
+from tars_jax.cli import bench, optimize, perplexity, plan, quantize, run, server, store, tune
 from tars_jax.errors import TarsError
 
 __all__ = ["main", "make_app"]
@@ -30,6 +30,8 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], bool], ...] = (  # name, function
     ("plan", plan.plan, False),
     ("perplexity", perplexity.perplexity, False),
     ("optimize", optimize.optimize, False),
+    ("quantize", quantize.quantize, False),
+    ("tune", tune.tune, False),
 )
 GROUPS: tuple[tuple[str, Callable[[], typer.Typer]], ...] = (("bench", bench.make_group),)
 

@@ -22,6 +22,7 @@ _GRACE = 3  # seconds that running answers have at shutdown
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; default OLLAMA_HOST or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; default OLLAMA_HOST's or 11434. 0: any.")] = None,
+    tuned: Annotated[str, typer.Option(metavar="FILE", help="Engine settings written by `tars tune`; default TARS_TUNED.")] = "",
 ) -> None:
     """Start the server."""
     import dataclasses
@@ -31,7 +32,7 @@ def serve(
     from api.app import create_app
     from api.settings import Settings
 
-    settings = Settings.from_environ()
+    settings = Settings.from_environ({**os.environ, "TARS_TUNED": tuned} if tuned else os.environ)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("api", "tars", "tars_jax"):  # other libraries only warn
         logging.getLogger(name).setLevel(logging.DEBUG if settings.debug else logging.INFO)

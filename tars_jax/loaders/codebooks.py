@@ -186,7 +186,7 @@ _SIGNS = (1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1,
 # Seven stored signs; the eighth makes their number even.
 _EVEN_SIGNS = _SIGNS[[bits | (bits.bit_count() & 1) << 7 for bits in range(128)]]
 
-_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _E2M1_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice the OCP value
 
 
@@ -285,13 +285,13 @@ def iq1_m(blocks: np.ndarray, codes: np.ndarray) -> Scales:
 
 def iq4_nl(blocks: np.ndarray, codes: np.ndarray) -> Scales:
     spread(blocks[:, 2:], 16, 4, codes)
-    _table(_IQ4_VALUES, codes)
+    _table(IQ4_VALUES, codes)
     return half(blocks, 0), None
 
 
 def iq4_xs(blocks: np.ndarray, codes: np.ndarray) -> Scales:
     spread(blocks[:, 8:], 16, 4, codes)
-    _table(_IQ4_VALUES, codes)
+    _table(IQ4_VALUES, codes)
     scales = fields(blocks[:, 4:8], 1, 4) | fields(blocks[:, 2:4], 1, 2) << 4
     return single(blocks, 0) * (scales.astype(np.float32) - 32), None
 

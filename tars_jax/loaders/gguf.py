@@ -57,6 +57,7 @@ class GGUFFile:
         self.path = path
         self.version = header.version
         self.metadata: dict[str, Any] = header.metadata
+        self._values = header.values
         self.tensors: dict[str, TensorInfo] = header.tensors
         self._data = data
 
@@ -66,6 +67,10 @@ class GGUFFile:
         if info is None:
             raise ModelFileError(f"{self.path}: the file has no tensor {_show(name)}; it may be incomplete or of another architecture")
         return np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+
+    def raw_value(self, key: str) -> bytes:
+        """A metadata value with its type before it, as it stands in the file. Raises KeyError."""
+        return self._data[self._values[key]]
 
     def read(self, name: str) -> Blocks | np.ndarray:
         """A tensor's values, see `blocks.decode`; dense types are read-only views of the file."""
@@ -104,6 +109,7 @@ class _Header:
         tensors, pairs = self._u64(), self._u64()
         self._claim(tensors, _MIN_TENSOR, "tensors")
         self._claim(pairs, _MIN_PAIR, "metadata pairs")
+        self.values: dict[str, slice] = {}  # where each metadata value stands
         self.metadata = self._metadata(pairs)
         self.tensors = self._tensors(tensors)
 
@@ -207,7 +213,9 @@ class _Header:
             key = self._string()
             if key in metadata:
                 self._fail(f"metadata key {_show(key)} appears twice")
+            start = self._at
             metadata[key] = self._value(self._u32())
+            self.values[key] = slice(start, self._at)
         return metadata
 
     def _alignment(self) -> int:
