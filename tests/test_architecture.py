@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a module may import what stands before it, and its own package.
 ORDER = [
     "tars_jax.errors",
+    "tars_jax.intervals",
     "tars_jax.optim",
     "tars_jax.config",
     "tars_jax.presets",
@@ -40,8 +41,10 @@ ORDER = [
     "tars_jax.engine",
     "tars_jax.perplexity",
     "tars_jax.evolve",
+    "tars_jax.quantization",
     "tars_jax.bench",
     "tars_jax.load_test",
+    "tars_jax.tuning",
     "tars_jax",
     "api",
     "tars_jax.cli",

@@ -35,7 +35,7 @@ from tests.tiny import TinyTokenizer, tiny_model
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 3}
 
 
-def write_model(path: Path, change: Callable[[str, np.ndarray], np.ndarray] = lambda leaf, value: value) -> Any:
+def write_model(path: Path, change: Callable[[str, np.ndarray], np.ndarray] = lambda leaf, value: value, **more: int) -> Any:
     """A tiny model, and its file as llama.cpp's converter would write it."""
     model = tiny_model(scale=2.0, **SHAPE)
     config, tensors, leaves = model.config, {}, {}
@@ -49,8 +49,8 @@ def write_model(path: Path, change: Callable[[str, np.ndarray], np.ndarray] = la
     keys |= {"attention.head_count_kv": 2, "attention.key_length": 16}
     metadata: dict[str, Any] = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in keys.items()}}
     metadata["llama.attention.layer_norm_rms_epsilon"] = 1e-5
-    metadata["general.name"] = "naïve"
-    write_gguf(path, metadata, tensors)
+    metadata |= {"general.name": "naïve", **{f"general.{key}": value for key, value in more.items()}}
+    write_gguf(path, metadata, tensors, more.get("alignment", 32))
     params = jax.tree_util.tree_map_with_path(lambda at, _: jax.numpy.asarray(leaves[leaf_name(at)]), model.params)
     return dataclasses.replace(model, params=params)
 
@@ -212,6 +212,17 @@ def test_a_source_in_the_chosen_type_is_copied(written: tuple[Path, Any], tmp_pa
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "q4_1.gguf").read_bytes()
     assert searching.is_quantised(again) == ["Q4_1"]
     assert searching.is_quantised(first) == []
+
+
+def test_another_alignment_is_kept(tmp_path: Path) -> None:
+    write_model(tmp_path / "in.gguf", alignment=256, file_type=0)
+    versions = versions_of(tmp_path / "in.gguf")
+    mix = [i % 5 for i in range(len(versions.matrices))]
+    versions.write(tmp_path / "out.gguf", mix)
+    assert (tmp_path / "out.gguf").stat().st_size == versions.file_size(mix)
+    written = open_gguf(tmp_path / "out.gguf")
+    assert all(info.offset % 256 == 0 for info in written.tensors.values())
+    assert written.metadata["general.alignment"] == 256
 
 
 def test_unknown_types_are_refused(written: tuple[Path, Any]) -> None:

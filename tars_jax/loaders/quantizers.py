@@ -156,7 +156,7 @@ def _fit_symmetric(x: jax.Array, w: jax.Array, quantizer: Quantizer) -> jax.Arra
         return better(best, jnp.where(power > 0, _total(w * x * codes) / jnp.where(power > 0, power, 1.0), 0.0)), None
 
     start = better((jnp.full_like(peak, jnp.inf), peak), peak / most)
-    return jax.lax.scan(attempt, start, _TRIALS)[0][1]
+    return jax.lax.scan(attempt, start, jnp.asarray(_TRIALS))[0][1]
 
 
 def _fit_affine(x: jax.Array, w: jax.Array, quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
@@ -189,7 +189,7 @@ def _fit_affine(x: jax.Array, w: jax.Array, quantizer: Quantizer) -> tuple[jax.A
         return better(best, scale, least), None
 
     start = better((jnp.full_like(low, jnp.inf), low, low), (high - low) / quantizer.high, low)
-    _, scale, least = jax.lax.scan(attempt, start, _TRIALS)[0]
+    _, scale, least = jax.lax.scan(attempt, start, jnp.asarray(_TRIALS))[0]
     return scale, least
 
 

@@ -29,7 +29,9 @@ def mean_squares(params: Decoder, config: ModelConfig, chunks: Sequence[Sequence
 
     params: dense. A tied embedding's inputs are those of the output head.
     """
-    paths, tree = jax.tree_util.tree_flatten_with_path(params if params.lm_head is not None else params.replace(lm_head=params.embed))
+    paths, tree = jax.tree_util.tree_flatten_with_path(
+        params if params.lm_head is not None else dataclasses.replace(params, lm_head=params.embed)
+    )
     names = [leaf_name(path) for path, _ in paths]
     sums: dict[str, np.ndarray] = {}
 

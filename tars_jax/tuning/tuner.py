@@ -187,7 +187,7 @@ def _shown(knobs: Mapping[str, Value]) -> str:
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
     """A table of the trials: what `HEADER` says, and for every knob that was not tried its default."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for trial in outcome.trials:
         values = " ".join(str(value).lower() for value in trial.knobs.values())
         defaults = " ".join(str(BY_NAME[name].default).lower() for name in trial.knobs)
