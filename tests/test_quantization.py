@@ -1,8 +1,10 @@
 """The search for a mix of tensor types: the limit is kept to the byte, sensitive matrices are spared, the file is what was judged."""
 
 import dataclasses
+import io
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize as gguf_dequantize
 
-from tars_jax import quant
+from tars_jax import cli, quant
 from tars_jax.errors import InvalidRequest
 from tars_jax.evolve.batches import layout
 from tars_jax.loaders.blocks import TYPES, Blocks, decode
@@ -30,7 +32,7 @@ from tars_jax.quantization.knapsack import choose
 from tars_jax.quantization.loss import Divergence, chunk_losses, mean_squares
 from tars_jax.quantization.search import Candidate, Search, Settings, spread
 from tars_jax.quantization.versions import Versions
-from tests.tiny import TinyTokenizer, tiny_model
+from tests.tiny import tiny_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 3}
 
@@ -122,9 +124,7 @@ def test_the_divergence_is_that_of_the_predictions(written: tuple[Path, Any]) ->
 def test_losses_are_those_of_perplexity(written: tuple[Path, Any]) -> None:
     _, model = written
     text = "".join(chr(32 + token) for chunk in chunks(3, 64) for token in chunk)
-    tokenizer = TinyTokenizer()
-    tokenizer.add_bos, tokenizer.bos_id = False, None  # type: ignore[attr-defined]
-    expected = perplexity(dataclasses.replace(model, tokenizer=tokenizer), text, context=64)
+    expected = perplexity(model, text, context=64)
     assert np.exp(chunk_losses(model.params, model.config, chunks(3, 64)).mean()) == pytest.approx(expected, rel=1e-4)
 
 
@@ -281,3 +281,47 @@ def test_without_a_held_out_text_the_end_of_the_other_is_kept_back() -> None:
     assert searched + judged == text
     assert 0.15 < len(judged) / len(text) < 0.3
     assert job.texts("a", "b") == ("a", "b")
+
+
+def run_tars(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """``tars quantize`` in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["tars", "quantize", *words])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+def test_the_command_writes_the_file_and_its_report(
+    written: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, model = written
+    monkeypatch.setattr(job, "open_source", lambda name, types: (model, versions_of(path, *types)))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(32 + token) for chunk in chunks(40, 32) for token in chunk))
+    out = tmp_path / "small.gguf"
+    words = [str(path), "--limit", "40KB", "--text", str(text), "--out", str(out), "--seconds", "0", "--types", "q4_0,q8_0"]
+    assert run_tars(monkeypatch, *words) == 0
+    printed = capsys.readouterr()
+    assert out.stat().st_size <= 40_000
+    assert json.loads((tmp_path / "small.report.json").read_text())["limit"] == 40_000
+    assert "knapsack" in printed.out
+    assert "Q4_0" in printed.out
+    assert "of 40 KB allowed" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--limit", "much", "--out", "x.gguf"], "--limit: 'much' is not a size such as 100MB"),
+        (["--limit", "1MB", "--out", "no/folder/x.gguf"], "give --out the name of a file in a folder that exists"),
+        (["--limit", "1MB", "--out", "x.gguf", "--strategy", "luck"], "strategy 'luck' is none of genetic"),
+        (["--limit", "1MB", "--out", "x.gguf", "--text", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
+    ],
+)
+def test_bad_options_are_one_clear_error(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_tars(monkeypatch, "model.gguf", *words) == 1
+    assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Tuning: noise changes nothing, a real gain is found and proven, its file reaches the server or is refused."""
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from api.settings import Settings
+from tars_jax import cli
 from tars_jax.config import EngineConfig
 from tars_jax.errors import InvalidRequest
 from tars_jax.intervals import mean_interval
@@ -179,3 +181,23 @@ def test_loads_of_other_seeds_ask_other_things() -> None:
     model, load = tiny_model(), Load(clients=2, requests=3)
     assert load.prompts(model, 1) == load.prompts(model, 1)
     assert load.prompts(model, 1) != load.prompts(model, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tune", "model", "--out", "no/folder/x.toml"], "give --out the name of a file in a folder that exists"),
+        (["tune", "model", "--input", "many"], "lengths are given as 128"),
+        (["serve", "--tuned", "wrong.toml"], "unknown setting 'speed'"),
+    ],
+)
+def test_bad_options_are_one_clear_error(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.toml").write_text("[engine]\nspeed = 9\n")
+    monkeypatch.setattr(sys, "argv", ["tars", *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    assert message in capsys.readouterr().err

@@ -31,6 +31,8 @@ class TinyTokenizer:
     eog_ids: frozenset[int] = frozenset()
     control_ids: frozenset[int] = frozenset()
     strips_space = False
+    add_bos = False
+    bos_id: int | None = None
     vocab_size = 95
 
     def token_id(self, text: str) -> int | None:
