@@ -15,12 +15,12 @@ from tars_jax.errors import InvalidRequest
 def tune(
     model: Annotated[str, typer.Argument(help="Model, by name or path.")],
     out: Annotated[Path, typer.Option(help="File for the settings, for `tars serve --tuned` or TARS_TUNED.")] = Path("tuned.toml"),
-    seconds: Annotated[float, typer.Option(help="Time in all; compiling counts, so give more on a first run.")] = 120.0,
+    seconds: Annotated[float, typer.Option(help="Time for measuring; compiling comes on top, minutes on a first run.")] = 120.0,
     inter_token_ms: Annotated[float, typer.Option(help="95 % of the gaps between a stream's tokens shall be below it.")] = 200.0,
     clients: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of a measurement.")] = 16,
-    input: Annotated[str, typer.Option(help="Tokens of a prompt: 128, 32..256 or lognormal:32..256.")] = "32..256",
-    output: Annotated[str, typer.Option(help="Tokens of an answer.")] = "16..64",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of a measurement.")] = 12,
+    input: Annotated[str, typer.Option(help="Tokens of a prompt: 128, 32..128 or lognormal:32..128.")] = "32..128",
+    output: Annotated[str, typer.Option(help="Tokens of an answer.")] = "16..48",
     strategy: Annotated[str, typer.Option(help="genetic, annealing, montecarlo or hybrid.")] = "genetic",
     seed: Annotated[int, typer.Option(min=0, help="Of the requests and the search.")] = 0,
 ) -> None:
@@ -36,7 +36,15 @@ def tune(
     asked = Load(clients, requests, Lengths.parse(input), Lengths.parse(output))
     engines = Engines(load(model), asked)
     with engines.closing(), _display(seconds) as show:
-        tuner = Tuner(engines.measure, seconds=seconds, max_gap=inter_token_ms / 1000, strategy=strategy, seed=seed, progress=show)
+        tuner = Tuner(
+            engines.measure,
+            clock=engines.clock,
+            seconds=seconds,
+            max_gap=inter_token_ms / 1000,
+            strategy=strategy,
+            seed=seed,
+            progress=show,
+        )
         outcome = tuner.run()
     found = table(HEADER, rows(outcome))
     write_knobs(out, model, outcome.knobs, [f"{clients} clients, prompts of {input} tokens, answers of {output}:", *found.splitlines()])

@@ -143,8 +143,10 @@ class Tuner:
             trials.append(self._trial(together, began, began + self._seconds))
 
     def _trial(self, knobs: Knobs, began: float, deadline: float) -> Trial:
+        """Pairs until ``deadline``; as many as prove anything may take all the time that is left."""
         pairs: list[tuple[Measurement, Measurement]] = []
-        while len(pairs) < MAX_PAIRS and (not pairs or self._clock() < deadline):
+        end = began + self._seconds
+        while len(pairs) < MAX_PAIRS and (not pairs or self._clock() < (end if len(pairs) < MIN_PAIRS else deadline)):
             self._progress(f"proving {_shown(knobs)}: pair {len(pairs) + 1}", self._clock() - began)
             pairs.append(self._pair(knobs))
             if len(pairs) >= MIN_PAIRS and mean_interval(_logs(pairs))[1] < 0:
