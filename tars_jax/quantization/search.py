@@ -133,9 +133,8 @@ class Search:
         except KeyboardInterrupt:
             interrupted = True
         seconds = time.monotonic() - began
-        found = [Candidate("search", min(self.known, key=lambda mix: self.known[mix]), 0)] if self.known else []
-        if not found or found[0].mix != start:
-            found.append(Candidate("knapsack", start, 0))
+        best = min(self.known, key=lambda mix: self.known[mix], default=start)
+        found = ([Candidate("search", best, 0)] if best != start else []) + [Candidate("knapsack", start, 0)]
         candidates, source, stopped = self._judged([*found, *self._uniform()], held_out)
         evaluations = len(self.known)
         return Outcome(candidates, source, slopes, evaluations, seconds, interrupted or stopped, tuple(self.history))
