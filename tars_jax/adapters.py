@@ -76,8 +76,12 @@ def apply_adapter(params: Decoder, adapter: Adapter, strength: float = 1.0) -> D
 
 def check_fits(params: Decoder, adapter: Adapter) -> None:
     """Raise InvalidRequest that lists all updates which do not fit these parameters."""
-    shapes = {name: tuple(leaf.shape) for name, leaf in _weights(_untied(params, adapter.updates))[0].items()}
-    refuse(misfits(adapter.updates, shapes), f"{adapter.source} does not fit this model")
+    refuse(misfits(adapter.updates, weight_shapes(params)), f"{adapter.source} does not fit this model")
+
+
+def weight_shapes(params: Decoder) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights by name; a matrix tied to the embedding counts as the head it is."""
+    return {name: tuple(leaf.shape) for name, leaf in _weights(_untied(params, ["lm_head"]))[0].items()}
 
 
 def change_weights(params: Decoder, changes: Mapping[str, Callable[[Any], Any]]) -> Decoder:

@@ -13,11 +13,11 @@ import httpx
 import pytest
 from fakes import FakeLoader, make_store, serving
 
-from api import background
 from api.app import create_app
 from api.models import Models
 from api.settings import Settings
 from tars_jax import Engine, EngineConfig
+from tars_jax.engine import threads
 from tests.tiny import TinyTokenizer, tiny_model
 
 WORDS = [a + b for a in ("al", "bra", "char", "del", "ech") for b in ("pha", "vo", "lie", "ta")]
@@ -44,7 +44,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
     models = Models(make_store(tmp_path_factory.mktemp("store")), Settings(), load=lambda *_: model, make_engine=make_engine)
     with pytest.MonkeyPatch.context() as patch, serving(create_app(models.settings, models)) as url:
-        patch.setattr(background, "NICE", 0)  # what else runs on the machine must not starve the tests
+        patch.setattr(threads, "NICE", 0)  # what else runs on the machine must not starve the tests
         with httpx.Client(base_url=url, timeout=300) as client:
             yield client
 

@@ -109,8 +109,7 @@ class Engine:
         """Text of one answer, piece by piece; closing the iterator cancels the request."""
         ids = self.model.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
         outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        params = dataclasses.replace(params or SamplingParams(), n=1)
-        request = Request(new_request_id(), tuple(ids), params, outputs.put)
+        request = Request(new_request_id(), tuple(ids), dataclasses.replace(params or SamplingParams(), n=1), outputs.put)
         self.submit(request)
         try:
             while True:
@@ -145,21 +144,25 @@ class Engine:
 
     def swap(self, params: Decoder, version: int | None = None) -> int:
         """Serve other weights from the next step on, and return their version: the next number, or ``version``, one that this engine
-        has not had. No stream is dropped: those under way keep what they have in the cache and go on with the new weights; adapters
-        stay.
+        has not had. No stream is dropped: those under way keep what is cached and go on with the new weights; adapters stay.
 
-        If the parameter tree has changed its structure, the steps compiled so far are compiled for the new one before anything
-        changes; the caller waits, the engine goes on. Raises InvalidRequest for weights of another model.
+        Waits, while the engine goes on, for what must be compiled, as `expect`. Raises InvalidRequest for weights of another model.
         """
         with self._changing:
             self._use(self._runner.prepared(params), self._version + 1 if version is None else version)
             return self._version
 
+    def expect(self, params: Decoder, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Compile what a later `swap` to weights of such a structure needs, until it is ``stopped``. Raises InvalidRequest for weights
+        of another model."""
+        with self._changing:
+            self._runner.prepared(params, stopped=stopped)
+
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """From now on requests may name this adapter; those under way with an earlier one of that name go on with it.
 
-        Waits for compilation as `swap` does, which is needed when all ranks are taken (their number then doubles) or a weight is
-        updated for the first time. Raises InvalidRequest for an adapter of another model.
+        Waits as `swap` does when all ranks are taken (their number doubles) or a weight is updated for the first time. Raises
+        InvalidRequest for an adapter of another model.
         """
         if self.config.tensor_parallel > 1:
             raise InvalidRequest("a model that is split over devices cannot have adapters")

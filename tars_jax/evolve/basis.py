@@ -7,7 +7,6 @@ that other text uses as much are left out, so that other text is left alone: the
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,13 @@ from jax import lax
 from tars_jax import ops
 from tars_jax.cache import RaggedBatch
 from tars_jax.config import ModelConfig
-from tars_jax.evolve.batches import score_batch
+from tars_jax.evolve.batches import ScoreBatch, score_batch, sizes_for
 from tars_jax.evolve.data import Example
+from tars_jax.evolve.programs import program
 from tars_jax.evolve.scoring import blocks, trunk
 from tars_jax.model import Decoder, Layer
 
+BATCH_TOKENS = 128  # that run through a block together: a short piece of work
 RIDGE = 0.1  # of the mean variance, added to each: directions that the other text hardly uses are not told apart by noise
 
 
@@ -30,21 +31,37 @@ def find_basis(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Directions float32 [r, K] for the named matrices, block by block, each a bounded piece of work."""
     layers = sorted({int(name.split(".")[1]) for name in names})
-    batch = score_batch([*task, *other])
-    owner = np.asarray(batch.owner)
-    at = np.asarray(batch.at)
-    places = at[owner < len(task)], at[(owner >= len(task)) & (owner < len(task) + len(other))]
-    x = trunk(params, batch.rows, config=config, dtype=dtype, first=layers[0])
-    yield {}
+    batches = [_batches(task), _batches(other)]
+    states: list[list[jax.Array]] = [[], []]
+    for kind, kept in zip(batches, states, strict=True):
+        for batch, _ in kind:
+            kept.append(trunk(params, batch.rows, config=config, dtype=dtype, first=layers[0]))
+            yield {}
     for i in range(layers[0], layers[-1] + 1):
         first = i if config.no_rope_interval else 0  # else all blocks are one program
-        inputs, x = _inputs(params.layers[i], x, batch.rows, config=config, first=first)
         kinds = [name for name in names if name.startswith(f"layers.{i}.")]
-        found: dict[str, np.ndarray] = {}
-        for source in {SOURCES[name.rpartition(".")[2]] for name in kinds}:
-            rows = np.asarray(inputs[source], np.float32)
-            found[source] = contrast(rows[places[0]], rows[places[1]], rank)
+        sources = {SOURCES[name.rpartition(".")[2]] for name in kinds}
+        rows: list[dict[str, list[np.ndarray]]] = [{source: [] for source in sources} for _ in batches]
+        for kind, kept, read in zip(batches, states, rows, strict=True):
+            for at, (batch, wanted) in enumerate(kind):
+                inputs, kept[at] = _inputs(params.layers[i], kept[at], batch.rows, config=config, first=first)
+                for source in sources:
+                    read[source].append(np.asarray(inputs[source], np.float32)[wanted])
+                yield {}
+        found = {source: contrast(*(np.concatenate(read[source]) for read in rows), rank) for source in sources}
         yield {name: found[SOURCES[name.rpartition(".")[2]]] for name in kinds}
+
+
+def _batches(examples: Sequence[Example]) -> list[tuple[ScoreBatch, np.ndarray]]:
+    """The examples in batches of one shape, of about `BATCH_TOKENS` tokens, the last filled up; and the tokens in each that precede a
+    completion's."""
+    count = min(max(BATCH_TOKENS // max(map(len, examples)), 1), len(examples))
+    sizes, found = sizes_for(examples, count), list[tuple[ScoreBatch, np.ndarray]]()
+    for start in range(0, len(examples), count):
+        part = examples[start : start + count]
+        batch = score_batch([*part, *examples[: count - len(part)]], sizes)
+        found.append((batch, np.asarray(batch.at)[np.asarray(batch.owner) < len(part)]))
+    return found
 
 
 def contrast(task: np.ndarray, other: np.ndarray, rank: int) -> np.ndarray:
@@ -62,13 +79,14 @@ def contrast(task: np.ndarray, other: np.ndarray, rank: int) -> np.ndarray:
     if len(directions) < rank:
         rest = np.random.default_rng(0).standard_normal((rank - len(directions), task.shape[1]))
         directions = np.concatenate([directions, rest])
-    return (directions / np.sqrt(np.mean(directions**2, axis=1, keepdims=True))).astype(np.float32)
+    size = np.sqrt(np.mean(directions**2, axis=1, keepdims=True))
+    return (directions / np.maximum(size, np.finfo(np.float64).tiny)).astype(np.float32)
 
 
 SOURCES = {"q": "attention", "k": "attention", "v": "attention", "o": "heads", "gate": "mlp", "up": "mlp", "down": "inner"}
 
 
-@partial(jax.jit, static_argnames=("config", "first"))
+@program(("config", "first"))
 def _inputs(layer: Layer, x: jax.Array, rows: RaggedBatch, *, config: ModelConfig, first: int) -> tuple[dict[str, jax.Array], jax.Array]:
     """Inputs [T, K] of a block's matrices, given the states [T, D] that enter it, and the states that leave it.
 
