@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tars_jax.cli import bench, optimize, perplexity, plan, run, server, store
+from tars_jax.cli import bench, live, optimize, perplexity, plan, run, server, store
 from tars_jax.errors import TarsError
 
 __all__ = ["main", "make_app"]
@@ -30,6 +30,9 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], bool], ...] = (  # name, function
     ("plan", plan.plan, False),
     ("perplexity", perplexity.perplexity, False),
     ("optimize", optimize.optimize, False),
+    ("jobs", live.jobs, False),
+    ("versions", live.versions, False),
+    ("rollback", live.roll_back, False),
 )
 GROUPS: tuple[tuple[str, Callable[[], typer.Typer]], ...] = (("bench", bench.make_group),)
 

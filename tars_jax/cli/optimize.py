@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tars_jax.cli.live import search as live_search
 from tars_jax.cli.output import note
+from tars_jax.cli.progress import share_bar
 from tars_jax.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 def optimize(
     model: Annotated[str, typer.Argument(help="Model, by name or path.")],
     data: Annotated[Path, typer.Option(help='Examples, JSON Lines: {"prompt", "completion"} as they are, or {"messages"} for a chat.')],
-    out: Annotated[Path, typer.Option(help="Folder for the result: adapter, seed log, report.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the result: adapter, seed log, report.")] = None,
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out examples; else a fifth of the data is held out.")] = None,
     strategy: Annotated[str, typer.Option(help="eggroll, genetic, annealing, montecarlo, hybrid or random.")] = "eggroll",
     fitness: Annotated[str, typer.Option(help="label, exact, json, regex:PATTERN or module:function.")] = "label",
     layers: Annotated[str, typer.Option(help='Layers to evolve: "last:6", "all", "0-3,29".')] = "last:6",
     matrices: Annotated[str, typer.Option(help="Their matrices.")] = "q,k,v,o,gate,up,down",
     population: Annotated[int, typer.Option(help="Members of a generation.")] = 32,
-    batch: Annotated[int, typer.Option(help="Examples a member is scored on.")] = 6,
+    batch: Annotated[int | None, typer.Option(help="Examples a member is scored on; 6, or with --live as many as take a moment.")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 4,
     sigma: Annotated[float, typer.Option(help="How far members stray, relative to the weights.")] = 0.02,
     lr: Annotated[float, typer.Option(help="Step of a generation, relative to the weights.")] = 0.02,
@@ -39,17 +41,29 @@ def optimize(
     evaluate_every: Annotated[int, typer.Option(help="Generations between two held-out evaluations.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="In the running server, which serves what is better at once.")] = False,
+    save: Annotated[str, typer.Option(metavar="NAME", help="With --live: keep the result as a model of this name.")] = "",
 ) -> None:
     """Evolve an adapter for a model on examples, without gradients."""
+    if live:
+        if out or resume or matrices != "q,k,v,o,gate,up,down":
+            raise InvalidRequest("--out, --resume and --matrices belong to a search of its own; --live keeps its result with --save NAME")
+        body = {"strategy": strategy, "fitness": fitness, "layers": layers, "population": population, "batch": batch, "rank": rank}
+        body |= {"sigma": sigma, "lr": lr, "momentum": momentum, "decay": decay, "max_new_tokens": max_new_tokens}
+        body |= {"seconds": seconds, "generations": generations, "target": target, "seed": seed}
+        return live_search(model, data, eval_data, body, save)
+    if out is None:
+        raise InvalidRequest("give --out DIR, a folder for the result, or --live to search in the running server")
+    if save:
+        raise InvalidRequest("--save belongs to --live; `tars run MODEL --adapter DIR/adapter --save NAME` keeps the result of a folder")
     from tars_jax.evolve.job import Budget
 
-    settings = {
+    settings: dict[str, Any] = {
         "strategy": strategy,
         "fitness": fitness,
         "layers": layers,
         "matrices": tuple(matrices.split(",")),
         "population": population,
-        "batch": batch,
         "rank": rank,
         "sigma": sigma,
         "learning_rate": lr,
@@ -57,7 +71,9 @@ def optimize(
         "decay": decay,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-    } | ({"horizon": generations} if generations else {})
+    }
+    settings |= {"horizon": generations} if generations else {}
+    settings |= {} if batch is None else {"batch": batch}
     budget = Budget(seconds, generations, target, evaluate_every)
     if not resume and (out / "report.json").exists():
         raise InvalidRequest(f"{out} holds the result of a run: choose another folder, or go on with --resume")
@@ -94,31 +110,12 @@ def _run(model: str, data: Path, eval_data: Path | None, settings: dict[str, Any
 def _followed(progress: "Iterator[Outcome]", budget: "Budget") -> "Outcome | None":
     """Show a search until it ends or Ctrl-C stops it, and give its last outcome; None if there is nothing yet."""
     outcome = None
-    with _display(budget) as show, contextlib.suppress(KeyboardInterrupt):
+    with share_bar("generation 0") as show, contextlib.suppress(KeyboardInterrupt):
         for outcome in progress:
-            show(outcome)
-    return outcome if outcome is not None and outcome.state.generation else None
-
-
-@contextlib.contextmanager
-def _display(budget: "Budget") -> "Iterator[Any]":
-    """A bar on a terminal; elsewhere a line a generation."""
-    if not sys.stderr.isatty():
-        yield lambda outcome: note(describe(outcome))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("generation 0", total=1.0)
-
-        def show(outcome: "Outcome") -> None:
             shares = [outcome.seconds / budget.seconds] if budget.seconds else []
             shares += [len(outcome.points) / budget.generations] if budget.generations else []
-            bars.update(task, completed=min(max(shares, default=0.0), 1.0), description=describe(outcome))
-
-        yield show
+            show(max(shares, default=0.0), describe(outcome))
+    return outcome if outcome is not None and outcome.state.generation else None
 
 
 def describe(outcome: "Outcome") -> str:

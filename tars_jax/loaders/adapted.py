@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tars_jax.adapters import Adapter
 from tars_jax.loaders.gguf import open_gguf
 from tars_jax.loaders.gguf_lora import write_gguf_lora
 from tars_jax.loaders.gguf_model import read_config
@@ -13,8 +14,8 @@ from tars_jax.loaders.opening import read_adapter
 from tars_jax.store import Layer, Store, StoredModel
 
 
-def save_adapted(store: Store, base: str, adapters: Sequence[Path], name: str) -> StoredModel:
-    """Make a model ``name`` of a stored one and LoRA adapters, which are kept as GGUF files.
+def save_adapted(store: Store, base: str, adapters: Sequence[Path | Adapter], name: str) -> StoredModel:
+    """Make a model ``name`` of a stored one and LoRA adapters, files or in memory, which are kept as GGUF files.
 
     Raises ModelNotFound, InvalidRequest for an ill-formed name, and ModelFileError for adapters that cannot be read or do not fit.
     """
@@ -22,9 +23,9 @@ def save_adapted(store: Store, base: str, adapters: Sequence[Path], name: str) -
     config = read_config(open_gguf(stored.model_path))
     layers = [dataclasses.replace(layer, source=stored.name.short()) if layer.kind == "model" else layer for layer in stored.layers]
     with tempfile.TemporaryDirectory() as folder:
-        for path in adapters:
+        for adapter in adapters:
             file = Path(folder) / "adapter.gguf"
-            write_gguf_lora(file, read_adapter(path, config), config)
+            write_gguf_lora(file, adapter if isinstance(adapter, Adapter) else read_adapter(adapter, config), config)
             layers.append(_add(store, file))
     return store.write_manifest(name, stored.config, layers)
 
