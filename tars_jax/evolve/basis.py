@@ -48,8 +48,9 @@ def find_basis(
                 for source in sources:
                     read[source].append(np.asarray(inputs[source], np.float32)[wanted])
                 yield {}
-        found = {source: contrast(*(np.concatenate(read[source]) for read in rows), rank) for source in sources}
-        yield {name: found[SOURCES[name.rpartition(".")[2]]] for name in kinds}
+        for source in sources:
+            found = contrast(*(np.concatenate(read[source]) for read in rows), rank)
+            yield {name: found for name in kinds if SOURCES[name.rpartition(".")[2]] == source}
 
 
 def _batches(examples: Sequence[Example]) -> list[tuple[ScoreBatch, np.ndarray]]:
@@ -67,13 +68,17 @@ def _batches(examples: Sequence[Example]) -> list[tuple[ScoreBatch, np.ndarray]]
 def contrast(task: np.ndarray, other: np.ndarray, rank: int) -> np.ndarray:
     """Directions [r, K] in which ``task`` [n, K] has most energy for what ``other`` [m, K] has; each of root mean square 1.
 
-    They are ``C^-1 task.T`` times the eigenvectors of ``task C^-1 task.T``, with C the covariance of ``other`` and a ridge; its inverse is
-    written as that of an m x m matrix (Woodbury). Beyond n directions there is nothing to tell apart: the rest is drawn at random.
+    They are ``C^-1 task.T`` times the eigenvectors of ``task C^-1 task.T``, with C the covariance of ``other`` and a ridge; with fewer
+    rows than columns its inverse is written as that of an m x m matrix (Woodbury). Beyond n directions there is nothing to tell apart:
+    the rest is drawn at random.
     """
     wanted, wide = task.astype(np.float64), other.astype(np.float64)
     ridge = max(RIDGE * float(np.mean(wide**2)), 1e-12)
-    kernel = wide @ wide.T + ridge * len(wide) * np.eye(len(wide))
-    solved = (wanted - (wanted @ wide.T) @ np.linalg.solve(kernel, wide)) / ridge  # task C^-1, [n, K]
+    if len(wide) < wide.shape[1]:
+        kernel = wide @ wide.T + ridge * len(wide) * np.eye(len(wide))
+        solved = (wanted - (wanted @ wide.T) @ np.linalg.solve(kernel, wide)) / ridge  # task C^-1, [n, K]
+    else:
+        solved = np.linalg.solve(wide.T @ wide / len(wide) + ridge * np.eye(wide.shape[1]), wanted.T).T
     _, vectors = np.linalg.eigh(solved @ wanted.T)  # ascending
     directions = vectors[:, ::-1][:, :rank].T @ solved
     if len(directions) < rank:

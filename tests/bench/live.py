@@ -4,7 +4,8 @@
 
 The server runs in this process, its clients in another. A round is: nobody searches ("alone"), a job ("preparing", "searching", and "swap",
 the second before and after each change of weights), its result served ("improved"), and back to the file's weights ("alone" again). A
-phase's ratio is its median gap over that of the round's own two "alone" phases. ``--cold``: the first job finds no compiled programs.
+phase's ratio is its median gap over that of the round's own two "alone" phases. ``--cold``: a job finds no compiled programs, and is
+stopped after the seconds of a phase, so that all of its time is spent on compiling (what earlier rounds have compiled stays).
 """
 
 import argparse
@@ -99,6 +100,9 @@ def run_round(client: httpx.Client, clock: Clock, number: int, args: argparse.Na
     train, held_out = sentiment_task(held_out=args.held_out)
     body = {"model": args.model, "data": train, "eval": held_out, "seconds": args.seconds, "target": 2.0, "seed": number}
     version, started = None, time.perf_counter()
+    if args.cold:
+        timer = threading.Timer(args.seconds, stop_all, [str(client.base_url)])
+        timer.start()
     with client.stream("POST", "/api/optimize", json=body) as answer:
         for line in answer.iter_lines():
             view = json.loads(line)
@@ -119,6 +123,13 @@ def run_round(client: httpx.Client, clock: Clock, number: int, args: argparse.Na
     clock.begin(number, "alone")
     time.sleep(args.seconds / 2)
     return view
+
+
+def stop_all(url: str) -> None:
+    """Stop the jobs of a server."""
+    with httpx.Client(base_url=url, timeout=600) as client:
+        for job in client.get("/api/optimize").json()["jobs"]:
+            client.delete(f"/api/optimize/{job['id']}")
 
 
 def forget_programs() -> None:
