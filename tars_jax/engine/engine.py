@@ -179,33 +179,31 @@ class Engine:
             self._use(self._runner.prepared(adapters=self._runner.adapters.removing(name)), self._version)
 
     def _use(self, weights: Weights, version: int) -> None:
-        done: Future[None] = Future()
-
         def change() -> None:
             self._runner.use(weights)
             self._version = self._scheduler.root = version  # keys and values of other weights are of no use
-            done.set_result(None)
 
-        with self._wake:
-            if self._closing:
-                raise TarsError("the engine is closed")
-            self._post(change)
-        done.result()
+        if not self._between_steps(change):
+            raise TarsError("the engine is closed")
 
     def work_when_idle(self, work: Work | None, share: float = 0.0) -> None:
         """Let the engine's thread call ``work``, a slice at a time, while it has nothing else to do, and for a ``share`` of the time in
         which it has; in the place of what it called before. None: nothing more. When this returns, the earlier work has ended."""
-        done: Future[None] = Future()
 
         def change() -> None:
             self._idle = IdleWork(work, share) if work else None
-            done.set_result(None)
 
+        self._between_steps(change)
+
+    def _between_steps(self, change: Callable[[], None]) -> bool:
+        """Let the engine's thread make a change, and wait for it; False if the engine is closed."""
+        done: Future[None] = Future()
         with self._wake:
             if self._closing:
-                return
-            self._post(change)
+                return False
+            self._post(lambda: done.set_result(change()))
         done.result()
+        return True
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take no more requests, let those there finish for ``drain_seconds``, cancel the rest, end the thread. Idempotent."""
