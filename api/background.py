@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
@@ -12,19 +13,25 @@ if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
 
 T = TypeVar("T")
+SWITCH = 0.0005  # seconds that a thread in the background keeps the interpreter when another one waits for it
 
 
 async def in_background(work: Callable[[], T]) -> T:
-    """The result of ``work``, done in a thread of its own, of low priority where threads can have one; it may compile."""
+    """The result of ``work``, done in a thread of its own, of low priority where threads can have one; it may compile. Meanwhile threads
+    that want the interpreter, as an engine's between two steps, get it soon."""
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()
 
     def run() -> None:
+        usual = sys.getswitchinterval()
         try:
             step_back()
+            sys.setswitchinterval(min(usual, SWITCH))
             done.set_result(work())
         except Exception as error:
             done.set_exception(error)
+        finally:
+            sys.setswitchinterval(usual)
 
     start_deep(run, "background", daemon=True)
     return await asyncio.wrap_future(done)

@@ -195,9 +195,9 @@ class Engine:
 
         self._between_steps(change)
 
-    def _between_steps(self, change: Callable[[], None]) -> bool:
+    def _between_steps(self, change: Callable[[], object]) -> bool:
         """Let the engine's thread make a change, and wait for it; False if the engine is closed."""
-        done: Future[None] = Future()
+        done: Future[object] = Future()
         with self._wake:
             if self._closing:
                 return False

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 STACK_BYTES = 64 << 20  # XLA's compiler recurses deeper than a thread's usual 8 MiB allows
-NICE = 15  # a thread of this priority gets a thirtieth of a core that another one wants too
+NICE = 19  # a thread of this priority gets a sixtieth of a core that another one wants too
 COMPILER = "llvm-worker"  # how the threads that XLA's compiler shares its work with are called
 
 

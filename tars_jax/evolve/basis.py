@@ -49,7 +49,7 @@ def find_basis(
                     read[source].append(np.asarray(inputs[source], np.float32)[wanted])
                 yield {}
         for source in sources:
-            found = contrast(*(np.concatenate(read[source]) for read in rows), rank)
+            found = contrast(np.concatenate(rows[0][source]), np.concatenate(rows[1][source]), rank)
             yield {name: found for name in kinds if SOURCES[name.rpartition(".")[2]] == source}
 
 
@@ -74,6 +74,7 @@ def contrast(task: np.ndarray, other: np.ndarray, rank: int) -> np.ndarray:
     """
     wanted, wide = task.astype(np.float64), other.astype(np.float64)
     ridge = max(RIDGE * float(np.mean(wide**2)), 1e-12)
+    solved: np.ndarray
     if len(wide) < wide.shape[1]:
         kernel = wide @ wide.T + ridge * len(wide) * np.eye(len(wide))
         solved = (wanted - (wanted @ wide.T) @ np.linalg.solve(kernel, wide)) / ridge  # task C^-1, [n, K]

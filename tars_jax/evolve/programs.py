@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
