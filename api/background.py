@@ -17,21 +17,18 @@ SWITCH = 0.0005  # seconds that a thread in the background keeps the interpreter
 
 
 async def in_background(work: Callable[[], T]) -> T:
-    """The result of ``work``, done in a thread of its own, of low priority where threads can have one; it may compile. Meanwhile threads
-    that want the interpreter, as an engine's between two steps, get it soon."""
+    """The result of ``work``, done in a thread of its own, of low priority where threads can have one; it may compile. From then
+    on, threads of this process that want the interpreter, as an engine's does between two steps, get it soon."""
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()
 
     def run() -> None:
-        usual = sys.getswitchinterval()
         try:
             step_back()
-            sys.setswitchinterval(min(usual, SWITCH))
+            sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH))
             done.set_result(work())
         except Exception as error:
             done.set_exception(error)
-        finally:
-            sys.setswitchinterval(usual)
 
     start_deep(run, "background", daemon=True)
     return await asyncio.wrap_future(done)
