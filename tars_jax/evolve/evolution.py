@@ -9,7 +9,6 @@
 `State.log` holds what each generation was told, and is enough to make the state again (`replay`).
 """
 
-import copy
 import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -96,7 +95,7 @@ class Evolution:
         self.basis_examples = self.examples[:: -(-len(self.examples) // BASIS_EXAMPLES)]
         self._basis_text, self._general = chunks[::2], chunks[1::2]
         self._batch_size = min(settings.batch, len(self.examples))
-        self._slice_tokens = slice_tokens
+        self._slice_tokens, self._other = slice_tokens, other
         self._space: Space | None = None
         self._trunk: tuple[int, tuple[list[Example], ScoreBatch, jax.Array]] | None = None
 
@@ -176,8 +175,8 @@ class Evolution:
     def rehearse(self, held: Sequence[Example]) -> Generator[None, None, Adapter]:
         """Compile whatever a search with these held-out examples runs, a program or a few at a time, and run nothing; returns an
         adapter such as it might find. Each turn must be taken within `programs.rehearsal`."""
-        twin = copy.copy(self)
-        twin._trunk = None
+        same: dict[str, Any] = {"params": self.params, "strategy": self.strategy, "fitness": self.fitness, "other": self._other}
+        twin = Evolution(self.model, self.examples, self.settings, slice_tokens=self._slice_tokens, **same)
         yield from twin.prepare()
         held_out = yield from twin.holding_out(held)
         yield from twin.evaluation(twin.start(), held_out)
