@@ -357,6 +357,12 @@ def test_what_a_live_search_cannot_do_is_an_error(tars: Any, tmp_path: Path, wor
     assert message in str(tars(*live_words(tmp_path, *words)).exception)
 
 
+def test_a_search_needs_a_place_for_its_result(tars: Any, tmp_path: Path) -> None:
+    data = ["--data", str(tmp_path / "data.jsonl")]
+    assert "give --out DIR" in str(tars("optimize", "fake", *data).exception)
+    assert "--save belongs to --live" in str(tars("optimize", "fake", *data, "--out", str(tmp_path), "--save", "x").exception)
+
+
 def test_without_a_server_a_live_search_is_an_error(tars: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     for words in (live_words(tmp_path), ["jobs"], ["versions", "fake"], ["rollback", "fake"]):
