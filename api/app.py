@@ -44,6 +44,7 @@ ROUTES: tuple[tuple[str, tuple[str, ...], ollama.Handler], ...] = (
     ("/api/optimize/{id}", ("DELETE",), optimize.stop),
     ("/api/versions", ("GET",), optimize.versions),
     ("/api/versions/rollback", ("POST",), optimize.roll_back),
+    ("/api/versions/save", ("POST",), optimize.save),
 )
 
 

@@ -2,34 +2,35 @@
 
 import asyncio
 import contextlib
-import os
 import sys
-import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
+
+from tars_jax.engine.threads import start_deep, step_back
 
 if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
 
 T = TypeVar("T")
-NICE = 10  # such a thread gets about a tenth of what another one gets, where both want a core
+SWITCH = 0.0005  # seconds that a thread in the background keeps the interpreter when another one waits for it
 
 
 async def in_background(work: Callable[[], T]) -> T:
-    """The result of ``work``, done in a thread of its own, of low priority where threads can have one (Linux)."""
+    """The result of ``work``, done in a thread of its own, of low priority where threads can have one; it may compile. From then
+    on, threads of this process that want the interpreter, as an engine's does between two steps, get it soon."""
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()
 
     def run() -> None:
-        if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
+            step_back()
+            sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH))
             done.set_result(work())
         except Exception as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, name="background", daemon=True).start()
+    start_deep(run, "background", daemon=True)
     return await asyncio.wrap_future(done)
 
 

@@ -1,9 +1,9 @@
 """Evolving models that are being served: one job a model, in the idle time of its engine.
 
-A job's life: its request is checked; its model is held, loaded first if need be, and the examples are encoded; what compiles is done in
-a thread of low priority; then the engine's own thread runs the search, a slice at each turn, and reports through a queue; improvements
-are swapped in while the search goes on. It ends by itself, is stopped, or gives way when its model must leave. Everything here runs on
-one event loop.
+A job's life: its request is checked; its model is held, loaded first if need be, and the examples are encoded; a thread of low priority
+compiles what the search and the engine will run; then the engine's own thread runs the search, a slice at each turn, and reports
+through a queue; improvements are swapped in while the search goes on. It ends by itself, is stopped, or gives way when its model must
+leave. Everything here runs on one event loop.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from tars_jax.engine.versions import Version, Versions, apply
 from tars_jax.errors import TarsError
 
 if TYPE_CHECKING:
-    from tars_jax.evolve.live import Prepared, Report
+    from tars_jax.evolve.evolution import Evolution
+    from tars_jax.evolve.live import Report
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ class Jobs:
 
     async def _search(self, job: Job, loaded: Loaded) -> None:
         from tars_jax.evolve import live
+        from tars_jax.evolve.evolution import Evolution
 
         examples, held = await asyncio.to_thread(encode, job, loaded.model)
         job.request = dataclasses.replace(job.request, data=(), eval=())  # a job is remembered longer than they are needed
@@ -152,24 +154,28 @@ class Jobs:
 
         start = job.versions.current
         params = await asyncio.to_thread(apply, loaded.model.params, start)
-        prepared = await in_background(lambda: live.prepare(loaded.model, params, examples, held, job.settings, stopped))
-        if prepared is not None:
-            job.versions.general_loss = job.versions.general_loss or prepared.before.general_loss
-            job.update(status="searching", before=prepared.before, check=prepared.before, started=time.monotonic())
-            limits = dataclasses.replace(job.limits, general_loss=job.versions.general_loss)
-            slices = live.search(prepared, limits, stopped)
-            count = self._metrics.cycles.labels(loaded.name).inc
+        evolution = Evolution(loaded.model, examples, job.settings, params=params, slice_tokens=live.SLICE_TOKENS)
+        likely = await in_background(lambda: live.compile_ahead(evolution, held, stopped))
+        if likely is not None and job.request.accept == "auto":  # what will serve an improvement
+            future = apply(loaded.model.params, Version(adapters=(*start.adapters, likely)))
+            await in_background(lambda: loaded.engine.expect(future, stopped))
+        slices = live.search(evolution, held, dataclasses.replace(job.limits, general_loss=job.versions.general_loss), stopped)
+        count = self._metrics.cycles.labels(loaded.name).inc
+        if not stopped():
             async with contextlib.aclosing(in_idle_time(loaded.engine, slices, SHARE, count)) as reports:
                 async for report in reports:
-                    await self._take(job, loaded, report, start, prepared)
+                    await self._take(job, loaded, report, start, evolution)
         if stopped():
             job.update(status="stopped", reason="it was stopped" if job.is_stopping else "its model had to leave")
         else:
             job.update(status="success", reason=job.reason or "nothing better was found")
 
-    async def _take(self, job: Job, loaded: Loaded, report: "Report", start: Version, prepared: "Prepared") -> None:
+    async def _take(self, job: Job, loaded: Loaded, report: "Report", start: Version, evolution: "Evolution") -> None:
         """What a search reports: noted, and an improvement is swapped in."""
         name = loaded.name
+        if report.before is not None:
+            job.versions.general_loss = job.versions.general_loss or report.before.general_loss
+            job.update(status="searching", before=report.before, check=report.before, started=time.monotonic())
         if report.metrics is not None:
             self._metrics.generations.labels(name).inc()
             self._metrics.best.labels(name).set(report.metrics.best)
@@ -183,15 +189,16 @@ class Jobs:
 
         if report.improvement is None or report.check is None or job.request.accept == "never":
             return
+        assert job.before is not None
         found = Version(
             kind="optimized",
-            adapters=(*start.adapters, await asyncio.to_thread(prepared.evolution.adapter, report.improvement)),
+            adapters=(*start.adapters, await asyncio.to_thread(evolution.adapter, report.improvement)),
             job=job.id,
             generation=job.generation,
-            before=prepared.before.score,
+            before=job.before.score,
             after=report.check.score,
             general_loss=report.check.general_loss,
         )
-        version = await asyncio.to_thread(job.versions.add, loaded.engine, found)
+        version = await in_background(lambda: job.versions.add(loaded.engine, found))
         self._metrics.swaps.labels(name).inc()
         job.update(version=version.number)

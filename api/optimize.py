@@ -1,5 +1,7 @@
 """Handlers of what other servers do not have: evolving a model that is being served, and the versions of its weights."""
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -8,10 +10,11 @@ from api.durations import timestamp
 from api.job import Job, View
 from api.jobs import Jobs
 from api.models import Models
-from api.schema import OptimizeRequest, RollbackRequest
+from api.schema import OptimizeRequest, RollbackRequest, SaveVersionRequest
 from api.stream import JsonResponse, NdjsonResponse, read_body, until_disconnect
 from tars_jax.engine.versions import Version
 from tars_jax.errors import InvalidRequest
+from tars_jax.store import Store, StoredModel
 
 MAX_BODY = 64 << 20  # bytes
 
@@ -58,6 +61,26 @@ async def roll_back(request: Request) -> Response:
     """POST /api/versions/rollback"""
     body = decode(RollbackRequest, await read_body(request, MAX_BODY))
     return JsonResponse(_shown(await _jobs(request).roll_back(body.model_name, body.version)))
+
+
+async def save(request: Request) -> Response:
+    """POST /api/versions/save: a version as a model of its own, the same file and one more adapter layer."""
+    body = decode(SaveVersionRequest, await read_body(request, MAX_BODY))
+    if not body.model or not body.name:
+        raise InvalidRequest("model and name are required: what is served, and what the new model is to be called")
+    models: Models = request.app.state.models
+    versions = models.versions(models.store.find(body.model))
+    version = versions.current if body.version is None else versions.find(body.version)
+    if not version.adapters:
+        raise InvalidRequest(f"version {version.number} is the model as it came; /api/copy gives that another name")
+    saved = await asyncio.to_thread(_save, models.store, body.model, version, body.name)
+    return JsonResponse({"model": body.model, "version": version.number, "name": saved.name.short(), "digest": saved.digest})
+
+
+def _save(store: Store, model: str, version: Version, name: str) -> StoredModel:
+    from tars_jax.loaders.adapted import save_adapted
+
+    return save_adapted(store, model, version.adapters, name)
 
 
 async def _end(job: Job) -> View:

@@ -207,3 +207,12 @@ class RollbackRequest(_Named):
     """POST /api/versions/rollback"""
 
     version: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveVersionRequest:
+    """POST /api/versions/save"""
+
+    model: str = ""
+    version: int | None = None  # None: the one that is served
+    name: str = ""  # of the new model

@@ -112,12 +112,12 @@ def steer(params: Decoder, vectors: Mapping[int, jax.Array]) -> Decoder:
 
 def check_fits(params: Decoder, adapter: Adapter) -> None:
     """Raise InvalidRequest that lists all updates which do not fit these parameters."""
-    refuse(misfits(adapter, weight_shapes(_untied(params, adapter.updates))), f"{adapter.source} does not fit this model")
+    refuse(misfits(adapter, weight_shapes(params)), f"{adapter.source} does not fit this model")
 
 
 def weight_shapes(params: Decoder) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight by its name, whatever its layout."""
-    return {name: tuple(leaf.shape) for name, leaf in _weights(params)[0].items()}
+    """The shape of every weight by its name, whatever its layout; a matrix tied to the embedding counts as the head it is."""
+    return {name: tuple(leaf.shape) for name, leaf in _weights(_untied(params, ["lm_head"]))[0].items()}
 
 
 def change_weights(params: Decoder, changes: Mapping[str, Callable[[Any], Any]]) -> Decoder:

@@ -3,7 +3,7 @@
 import dataclasses
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tars_jax import Engine, EngineConfig, SamplingParams
+from tars_jax.adapters import Adapter, Update, apply_adapter
 from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.errors import InvalidRequest, ServerBusy, TarsError
 from tars_jax.quant import LowRank
@@ -177,6 +178,37 @@ def test_a_swap_to_another_structure_compiles_before_it_changes(engine: Engine) 
     changed = engine.model.params.replace(layers=(layers[0].replace(q=zero), *layers[1:]))
     assert engine.swap(changed) == 2
     assert text(engine, "hello") == expected
+
+
+def compiled_by(engine: Engine, work: Callable[[], Any]) -> int:
+    """Programs that some work compiles."""
+    before = engine.stats().compilations
+    work()
+    return engine.stats().compilations - before
+
+
+def test_an_expected_swap_compiles_nothing_nor_does_the_way_back(engine: Engine) -> None:
+    text(engine, "hello")
+    params = engine.model.params
+    factors = {"layers.0.q": Update(np.zeros((64, 2), np.float32), np.zeros((2, 64), np.float32))}
+    changed = apply_adapter(params, Adapter(factors))
+    assert compiled_by(engine, lambda: engine.expect(changed, stopped=lambda: True)) == 0
+    assert compiled_by(engine, lambda: engine.expect(changed)) == len(engine.stats().compiled_steps)
+    assert compiled_by(engine, lambda: engine.swap(changed)) == 0
+    assert compiled_by(engine, lambda: text(engine, "hello")) == 0
+    assert compiled_by(engine, lambda: engine.swap(params)) == 0
+    assert engine.stats().weights_version == 3
+
+
+def test_an_adapter_may_untie_the_head(engine: Engine) -> None:
+    before = text(engine, "hello")
+    size = engine.model.config.vocab_size
+    tilt = Update(np.eye(size, 1, -7, dtype=np.float32), np.full((1, 64), 9.0, np.float32))
+    changed = apply_adapter(engine.model.params, Adapter({"lm_head": tilt}))
+    expected = Engine(dataclasses.replace(engine.model, params=changed), CONFIG)
+    engine.swap(changed)
+    assert text(engine, "hello") == text(expected, "hello") != before
+    expected.close()
 
 
 REPEATING = "abcabcabcabc"

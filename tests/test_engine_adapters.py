@@ -103,11 +103,11 @@ def test_a_first_adapter_changes_no_bit_of_other_streams(engine: Engine) -> None
 
 def test_adding_another_within_the_ranks_compiles_nothing(engine: Engine) -> None:
     engine.add_adapter("first", adapter(1, rank=4))
-    programs = engine._runner._weights.steps
+    programs = engine._runner._weights.compiled.steps
     engine.add_adapter("second", adapter(2, rank=4))
-    assert engine._runner._weights.steps is programs
+    assert engine._runner._weights.compiled.steps is programs
     engine.add_adapter("third", adapter(3, rank=4))
-    assert engine._runner._weights.steps is not programs
+    assert engine._runner._weights.compiled.steps is not programs
 
 
 def test_a_removed_adapter_serves_those_under_way_and_nobody_else(engine: Engine) -> None:

@@ -162,11 +162,12 @@ def test_contrast_finds_what_the_other_text_does_not_use() -> None:
     assert direction[12] > 5 * np.delete(direction, 12).max()
 
 
-def test_contrast_agrees_with_the_generalised_eigenvectors() -> None:
+@pytest.mark.parametrize("count", [5, 40])
+def test_contrast_agrees_with_the_generalised_eigenvectors(count: int) -> None:
     scipy_linalg = pytest.importorskip("scipy.linalg")
     rng = np.random.default_rng(1)
-    task, other = rng.normal(size=(6, 12)), rng.normal(size=(5, 12))
-    covariance = other.T @ other / 5 + 0.1 * np.mean(other**2) * np.eye(12)
+    task, other = rng.normal(size=(6, 12)), rng.normal(size=(count, 12))
+    covariance = other.T @ other / count + 0.1 * np.mean(other**2) * np.eye(12)
     _, vectors = scipy_linalg.eigh(task.T @ task, covariance)
     for ours, theirs in zip(contrast(task, other, 3), vectors.T[::-1], strict=False):
         assert abs(ours @ theirs) / np.linalg.norm(ours) / np.linalg.norm(theirs) == pytest.approx(1, abs=1e-5)

@@ -1,7 +1,7 @@
 """A search beside serving: what is taken and when it ends, and that its batches have one shape."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from tars_jax.errors import InvalidRequest
 from tars_jax.evolve.batches import score_batch, sizes_for
-from tars_jax.evolve.data import Example
+from tars_jax.evolve.data import Example, encode_examples
 from tars_jax.evolve.evaluation import Evaluation
-from tars_jax.evolve.evolution import Metrics
-from tars_jax.evolve.live import MAX_EXAMPLE_TOKENS, PATIENCE, Limits, Prepared, Report, batch_size, check_lengths, search
+from tars_jax.evolve.evolution import Evolution, Metrics
+from tars_jax.evolve.live import MAX_EXAMPLE_TOKENS, PATIENCE, Limits, Report, batch_size, check_lengths, compile_ahead, search
+from tars_jax.evolve.settings import Settings
+from tests.tiny import tiny_model
 
 
 def found(score: float, general: float = 3.0, fitness: float = -1.0) -> Evaluation:
@@ -29,6 +31,19 @@ class Scripted:
     def __init__(self, *checks: Evaluation) -> None:
         self.checks = list(checks)
 
+    def prepare(self) -> Iterator[None]:
+        yield
+
+    def holding_out(self, examples: Any) -> Generator[None, None, Any]:
+        yield
+        return "held out"
+
+    def start(self) -> int:
+        return 0
+
+    def init(self) -> Any:
+        return SimpleNamespace(generation=0, half=False)
+
     def step(self, state: Any) -> tuple[Any, Metrics | None]:
         if not state.half:
             return SimpleNamespace(generation=state.generation, half=True), None
@@ -37,17 +52,17 @@ class Scripted:
     def centre(self, state: Any) -> Any:
         return state.generation
 
-    def evaluation(self, vector: Any, held_out: Any) -> Iterator[Evaluation | None]:
-        yield None
-        yield self.checks.pop(0)
+    def evaluation(self, vector: Any, held_out: Any) -> Generator[None, None, Evaluation]:
+        yield
+        return self.checks.pop(0)
 
 
 def reports(*checks: Evaluation, before: float = 0.0, clock: Any = lambda: 0.0, **limits: Any) -> list[Report]:
-    evolution: Any = Scripted(*checks)
-    held_out: Any = None
-    prepared = Prepared(evolution, held_out, found(before), SimpleNamespace(generation=1, half=False), Metrics(1, 0.0, 0.0, 0.1))  # type: ignore[arg-type]
-    slices = search(prepared, Limits(**{"check_every": 2, "target": 2.0, **limits}), lambda: False, clock)
-    return [report for report in slices if report is not None]
+    evolution: Any = Scripted(found(before), *checks)
+    slices = search(evolution, [], Limits(**{"check_every": 2, "target": 2.0, **limits}), lambda: False, clock)
+    first, *others = [report for report in slices if report is not None]
+    assert first.before == found(before)
+    return others
 
 
 def taken(*checks: Evaluation, **more: Any) -> list[Any]:
@@ -115,3 +130,42 @@ def test_slices_stay_short() -> None:
     assert [batch_size([short]), batch_size([short, dataclasses.replace(short, prompt=(1,) * 60)]), batch_size([long])] == [6, 2, 1]
     with pytest.raises(InvalidRequest, match="data: item 2 has 513 tokens"):
         check_lengths([short, long], "data")
+
+
+class Compilations:
+    """What is compiled while it is listened to."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, event: str, seconds: float, **_: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.mark.parametrize("changes", [{}, {"strategy": "hybrid"}, {"fitness": "json"}], ids=["eggroll", "hybrid", "json"])
+def test_a_rehearsed_search_compiles_nothing(changes: dict[str, Any]) -> None:
+    model = tiny_model()
+    examples = encode_examples([{"prompt": "say " + "x" * i, "completion": "yes"} for i in range(1, 14)], model)
+    chosen = Settings(layers="last:1", population=8, batch=3, rank=2, max_new_tokens=4, **changes)
+    evolution = Evolution(model, examples[:9], chosen, other="a word after the other " * 30, slice_tokens=64)
+    compiled = Compilations()
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    try:
+        assert compile_ahead(evolution, examples[9:], lambda: False) is not None
+        ahead = compiled.count
+        reports = list(search(evolution, examples[9:], Limits(generations=3, check_every=2, target=2.0), lambda: False))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(compiled)
+    assert [r.metrics.generation for r in reports if r and r.metrics] == [1, 2, 3]
+    assert compiled.count == ahead > 3
+
+
+def test_a_rehearsal_runs_nothing_and_says_what_may_come() -> None:
+    model = tiny_model()
+    examples = encode_examples([{"prompt": "say", "completion": "yes"}] * 4, model)
+    evolution = Evolution(model, examples, Settings(layers="last:1", population=8, rank=2), other="a word " * 99, slice_tokens=64)
+    likely = compile_ahead(evolution, examples, lambda: False)
+    found = evolution.adapter(evolution.start())
+    assert likely is not None
+    assert {n: (u.a.shape, u.b.shape) for n, u in likely.updates.items()} == {n: (u.a.shape, u.b.shape) for n, u in found.updates.items()}
+    assert compile_ahead(evolution, examples, lambda: True) is None

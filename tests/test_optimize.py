@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from fakes import FakeLoader, make_store, serving
+from typer.testing import CliRunner
 
-from api import background
 from api.app import create_app
 from api.models import Models
 from api.settings import Settings
 from tars_jax import Engine, EngineConfig
+from tars_jax.adapters import apply_adapter
+from tars_jax.cli import make_app
+from tars_jax.engine import threads
+from tars_jax.loaders.gguf_writer import write_gguf
+from tars_jax.loaders.opening import read_adapter
+from tars_jax.store import Store, StoredModel
 from tests.tiny import TinyTokenizer, tiny_model
 
 WORDS = [a + b for a in ("al", "bra", "char", "del", "ech") for b in ("pha", "vo", "lie", "ta")]
@@ -34,23 +41,50 @@ class Printable(TinyTokenizer):
         return [max(byte - 32, 0) for byte in text.encode("ascii", "replace")]
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Of a server with a real, tiny model."""
-    model = dataclasses.replace(tiny_model(scale=1.0), tokenizer=Printable())
+def tiny_store(root: Path) -> Store:
+    """With a model "fake" of which the header is in a file."""
+    sizes = {"context_length": 256, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96}
+    sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2}
+    tensors = {"token_embd.weight": np.zeros((96, 64), np.float32), "blk.0.ffn_gate.weight": np.zeros((96, 64), np.float32)}
+    write_gguf(root / "base.gguf", {"general.architecture": "llama"} | {f"llama.{key}": size for key, size in sizes.items()}, tensors)
+    store = Store(root)
+    with (root / "base.gguf").open("rb") as file:
+        store.write_manifest("fake", {"model_format": "gguf", "model_family": "llama"}, [store.add_layer("model", file)])
+    return store
+
+
+def tiny_app(store: Store) -> Any:
+    """A server of real engines, small ones: steps of 1, 2 and 4 tokens are all there is to compile."""
+
+    def load(stored: StoredModel, *_: Any) -> Any:
+        model = dataclasses.replace(tiny_model(scale=1.0), tokenizer=Printable())
+        for path in stored.adapter_paths:
+            model = dataclasses.replace(model, params=apply_adapter(model.params, read_adapter(path, model.config)))
+        return model
 
     def make_engine(model: Any, config: EngineConfig) -> Engine:
-        return Engine(model, EngineConfig(max_context=config.max_context, max_rows=4, max_step_tokens=16))
+        return Engine(model, EngineConfig(max_context=config.max_context, max_rows=2, max_step_tokens=4))
 
-    models = Models(make_store(tmp_path_factory.mktemp("store")), Settings(), load=lambda *_: model, make_engine=make_engine)
-    with pytest.MonkeyPatch.context() as patch, serving(create_app(models.settings, models)) as url:
-        patch.setattr(background, "NICE", 0)  # what else runs on the machine must not starve the tests
+    models = Models(store, Settings(), load=load, make_engine=make_engine)
+    return create_app(models.settings, models)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return tiny_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def client(store: Store) -> Iterator[httpx.Client]:
+    """Of a server with a real, tiny model."""
+    with pytest.MonkeyPatch.context() as patch, serving(tiny_app(store)) as url:
+        patch.setattr(threads, "NICE", 0)  # what else runs on the machine must not starve the tests
         with httpx.Client(base_url=url, timeout=300) as client:
             yield client
 
 
-def say(client: httpx.Client, prompt: str, tokens: int = 1, **options: Any) -> dict[str, Any]:
-    body = {"model": "fake", "prompt": prompt, "raw": True, "options": {"temperature": 0, "num_predict": tokens, **options}}
+def say(client: httpx.Client, prompt: str, tokens: int = 1, model: str = "fake", **options: Any) -> dict[str, Any]:
+    body = {"model": model, "prompt": prompt, "raw": True, "options": {"temperature": 0, "num_predict": tokens, **options}}
     lines = client.post("/api/generate", json=body).text.splitlines()
     chunks = [json.loads(line) for line in lines]
     return {**chunks[-1], "response": "".join(chunk["response"] for chunk in chunks)}
@@ -230,8 +264,107 @@ def test_versions_outlive_a_stay_in_memory(client: httpx.Client) -> None:
     best = next(version["version"] for version in versions(client)["versions"] if version["kind"] == "optimized")
     current = client.post("/api/versions/rollback", json={"model": "fake", "version": best}).json()
     prompt = HELD_OUT[0]["prompt"]
-    answers = [say(client, prompt, 8, num_ctx=context)["response"] for context in (128, 64)]  # the second of a new engine
+    answers = [say(client, prompt, 8, num_ctx=context)["response"] for context in (128, 256)]  # each of a new engine
     assert answers[0] == answers[1]
     assert answers[0][0] == "y"
     assert versions(client)["current"] == current["version"]
     assert metric(client, "tars_optimization_swaps_total") == current["version"] - 1
+
+
+# Versions as models, and the command line.
+
+
+def test_a_version_becomes_a_model_that_outlives_the_server(client: httpx.Client, store: Store) -> None:
+    best = next(version["version"] for version in versions(client)["versions"] if version["kind"] == "optimized")
+    client.post("/api/versions/rollback", json={"model": "fake", "version": best})
+    live = [say(client, item["prompt"], 8)["response"] for item in HELD_OUT]
+    saved = client.post("/api/versions/save", json={"model": "fake", "version": best, "name": "better"})
+    assert saved.json() | {"model": "fake", "version": best, "name": "better:latest"} == saved.json()
+    base, kept = store.find("fake"), store.find("better")
+    assert [layer.digest for layer in kept.layers[:-1]] == [layer.digest for layer in base.layers]
+    with serving(tiny_app(Store(store.root))) as url, httpx.Client(base_url=url, timeout=300) as other:
+        assert [say(other, item["prompt"], 8, model="better")["response"] for item in HELD_OUT] == live
+        assert other.get("/api/versions", params={"model": "better"}).json()["current"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"model": "fake"}, 400, "model and name are required"),
+        ({"model": "other", "name": "x"}, 404, "model 'other' not found"),
+        ({"model": "fake", "name": "x", "version": 1}, 400, "version 1 is the model as it came"),
+        ({"model": "fake", "name": "x", "version": 99}, 400, "there is no version 99"),
+        ({"model": "fake", "name": "not a name"}, 400, "name"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(client: httpx.Client, body: dict[str, Any], status: int, message: str) -> None:
+    answer = client.post("/api/versions/save", json=body)
+    assert (answer.status_code, message in answer.json()["error"]) == (status, True)
+
+
+@pytest.fixture
+def tars(client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls ``tars`` against the server; gives the result."""
+    monkeypatch.setenv("OLLAMA_HOST", str(client.base_url))
+    for name, items in (("data", DATA), ("eval", HELD_OUT)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return lambda *words: CliRunner().invoke(make_app(), words)
+
+
+def live_words(tmp_path: Path, *more: str) -> list[str]:
+    files = ["--data", str(tmp_path / "data.jsonl"), "--eval", str(tmp_path / "eval.jsonl")]
+    search = ["--layers", "all", "--population", "16", "--batch", "6", "--sigma", "0.1", "--lr", "0.2"]
+    return ["optimize", "fake", "--live", *files, *search, *more]
+
+
+def test_the_command_line_improves_what_is_served(client: httpx.Client, tars: Any, tmp_path: Path) -> None:
+    client.post("/api/versions/rollback", json={"model": "fake", "version": 1})
+    done = tars(*live_words(tmp_path, "--generations", "60", "--save", "by-hand"))
+    assert done.exit_code == 0, done.output
+    assert "generation 1  best" in done.stderr
+    assert f"version {versions(client)['current']}" in done.stderr
+    assert "saved as 'by-hand:latest'" in done.stderr
+    listed = tars("versions", "fake").stdout.splitlines()
+    assert listed[0].split() == ["VERSION", "KIND", "FROM", "BEFORE", "AFTER", "SIZE", "CREATED"]
+    assert listed[-1].split()[:3] == [str(versions(client)["current"]), "*", "optimized"]
+    assert "is version 1 again" in tars("rollback", "fake", "1").stderr
+    assert "success" in tars("jobs").stdout.splitlines()[-1]
+
+
+def test_ctrl_c_stops_the_job_and_keeps_what_was_accepted(
+    client: httpx.Client, tars: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe(view: dict[str, Any]) -> str:
+        if view["generation"] >= 2:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr("tars_jax.cli.live.describe", describe)
+    stopped = tars(*live_words(tmp_path, "--target", "2", "--seconds", "600"))
+    assert stopped.exit_code == 0, stopped.output
+    assert "stopped after" in stopped.stderr
+    assert client.get("/api/optimize").json()["jobs"][-1]["status"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--generations", "0"], "generations must be at least 1"),
+        (["--out", "x"], "--live keeps its result with --save"),
+        (["--fitness", "os:system"], "fitness must be"),
+    ],
+)
+def test_what_a_live_search_cannot_do_is_an_error(tars: Any, tmp_path: Path, words: list[str], message: str) -> None:
+    assert message in str(tars(*live_words(tmp_path, *words)).exception)
+
+
+def test_a_search_needs_a_place_for_its_result(tars: Any, tmp_path: Path) -> None:
+    data = ["--data", str(tmp_path / "data.jsonl")]
+    assert "give --out DIR" in str(tars("optimize", "fake", *data).exception)
+    assert "--save belongs to --live" in str(tars("optimize", "fake", *data, "--out", str(tmp_path), "--save", "x").exception)
+
+
+def test_without_a_server_a_live_search_is_an_error(tars: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
+    for words in (live_words(tmp_path), ["jobs"], ["versions", "fake"], ["rollback", "fake"]):
+        assert "no TARS server answers" in str(tars(*words).exception)

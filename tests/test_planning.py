@@ -95,7 +95,7 @@ def test_activations_are_estimated_from_above_and_closely(shape: dict[str, int],
     model = tiny_model(num_layers=1, **shape)  # one: layers follow each other
     config = resolve(EngineConfig(max_context=128, cache_tokens=1024, max_step_tokens=tokens, max_rows=rows), model)
     runner = Runner(model, config)
-    step, sampler = runner._weights.steps.get(tokens), runner._samplers.get(rows)
+    step, sampler = runner._weights.compiled.steps.get(tokens), runner._samplers.get(rows)
     buffers = [program.memory_analysis().temp_size_in_bytes for program in (step, sampler)]  # as XLA has planned them
     needed = max(buffers[0], buffers[1] + 4 * rows * model.config.vocab_size)  # the logits stay until they are sampled
     assert needed <= planning.activations_nbytes(model.config, config) <= 1.5 * needed
@@ -199,7 +199,7 @@ def test_a_large_pool_is_not_touched_before_it_is_used(smollm2: Any) -> None:
     engine = Engine(smollm2, EngineConfig(max_context=4096, cache_tokens=65_536))  # 1.5 GB
     assert engine.stats().nbytes > 1.5e9
     assert resident() - before < 0.5e9
-    engine._runner._weights.steps.get(1)  # a process must not end while its threads compile
+    engine._runner._weights.compiled.steps.get(1)  # a process must not end while its threads compile
     engine.close()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tars_jax.cli import bench, optimize, perplexity, plan, quantize, run, server, store, tune
+from tars_jax.cli import bench, live, optimize, perplexity, plan, quantize, run, server, store, tune
 from tars_jax.errors import TarsError
 
 __all__ = ["main", "make_app"]
@@ -32,6 +32,9 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], bool], ...] = (  # name, function
     ("optimize", optimize.optimize, False),
     ("quantize", quantize.quantize, False),
     ("tune", tune.tune, False),
+    ("jobs", live.jobs, False),
+    ("versions", live.versions, False),
+    ("rollback", live.roll_back, False),
 )
 GROUPS: tuple[tuple[str, Callable[[], typer.Typer]], ...] = (("bench", bench.make_group),)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlencode
 
 from tars_jax.cli.progress import load_bar
 from tars_jax.config import EngineConfig
@@ -78,6 +79,26 @@ class ServerBackend:
     def names(self) -> list[str]:
         return [model["name"] for model in self._request("GET", "/api/tags")["models"]]
 
+    def optimize(self, body: Mapping[str, Any]) -> Generator[Chunk, None, None]:
+        """How a job stands, again and again until it ends. Closing the iterator does not stop it."""
+        return self._stream("/api/optimize", body)
+
+    def jobs(self) -> list[Chunk]:
+        return list(self._request("GET", "/api/optimize")["jobs"])
+
+    def stop_job(self, job_id: str) -> Chunk:
+        """How the job stands when it has ended."""
+        return self._request("DELETE", f"/api/optimize/{job_id}")
+
+    def versions(self, model: str) -> Chunk:
+        return self._request("GET", f"/api/versions?{urlencode({'model': model})}")
+
+    def roll_back(self, model: str, version: int | None) -> Chunk:
+        return self._request("POST", "/api/versions/rollback", {"model": model, "version": version})
+
+    def save_version(self, model: str, version: int | None, name: str) -> Chunk:
+        return self._request("POST", "/api/versions/save", {"model": model, "version": version, "name": name})
+
     def close(self) -> None:
         self._client.close()
 
@@ -92,7 +113,7 @@ class ServerBackend:
                 _checked(response)
             for line in response.iter_lines():
                 chunk: Chunk = json.loads(line)
-                if "error" in chunk:
+                if "error" in chunk and "id" not in chunk:  # a job that failed has more to say
                     raise TarsError(chunk["error"])
                 yield chunk
 

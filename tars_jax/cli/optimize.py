@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tars_jax.cli.live import search as live_search
 from tars_jax.cli.output import note
-from tars_jax.cli.searching import Task, command, display
+from tars_jax.cli.progress import share_bar
+from tars_jax.cli.searching import Task, command
 from tars_jax.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def optimize(
     model: Annotated[str, typer.Argument(help="Model, by name or path.")],
     data: Annotated[Path, typer.Option(help='Examples, JSON Lines: {"prompt", "completion"} as they are, or {"messages"} for a chat.')],
-    out: Annotated[Path, typer.Option(help="Folder for the result: adapter, seed log, report.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the result: adapter, seed log, report.")] = None,
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out examples; else a fifth of the data is held out.")] = None,
     space: Annotated[str, typer.Option(help="What to change: low-rank, gains (of norms), steering or sampler.")] = "low-rank",
     strategy: Annotated[
@@ -28,7 +30,7 @@ def optimize(
     layers: Annotated[str, typer.Option(help='Layers to evolve: "last:6", "all", "0-3,29".')] = "last:6",
     matrices: Annotated[str, typer.Option(help="Their matrices.")] = "q,k,v,o,gate,up,down",
     population: Annotated[int, typer.Option(help="Members of a generation.")] = 32,
-    batch: Annotated[int, typer.Option(help="Examples a member is scored on.")] = 6,
+    batch: Annotated[int | None, typer.Option(help="Examples a member is scored on; 6, or with --live as many as take a moment.")] = None,
     samples: Annotated[int, typer.Option(help="Answers to each of them, in a search of sampler settings.")] = 2,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 4,
     sigma: Annotated[float, typer.Option(help="How far members stray, relative to the weights.")] = 0.02,
@@ -42,28 +44,39 @@ def optimize(
     evaluate_every: Annotated[int, typer.Option(help="Generations between two held-out evaluations.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="In the running server, which serves what is better at once.")] = False,
     save: Annotated[str, typer.Option(metavar="NAME", help="Keep the model and what was found in the store, as NAME.")] = "",
 ) -> None:
     """Make a model better at examples, without gradients: by an adapter, norms, steering vectors, or sampler settings."""
+    if live:
+        if out or resume or matrices != "q,k,v,o,gate,up,down" or space == "sampler":
+            raise InvalidRequest(
+                "--out, --resume, --matrices and sampler settings belong to a search of its own; --live keeps its result with --save NAME"
+            )
+        body = {"space": space, "strategy": strategy or "eggroll", "fitness": fitness, "layers": layers, "population": population}
+        body |= {"batch": batch, "rank": rank, "sigma": sigma, "lr": lr, "momentum": momentum, "decay": decay}
+        body |= {"max_new_tokens": max_new_tokens, "seconds": seconds, "generations": generations, "target": target, "seed": seed}
+        return live_search(model, data, eval_data, body, save)
+    if out is None:
+        raise InvalidRequest("give --out DIR, a folder for the result, or --live to search in the running server")
     if not resume and (out / "report.json").exists():
         raise InvalidRequest(f"{out} holds the result of a run: choose another folder, or go on with --resume")
     task = Task(model, data, eval_data, fitness, out, resume, save)
     if space == "sampler":
         from tars_jax.cli.sampler_search import SamplerRun
 
-        run = SamplerRun(strategy or "genetic", population, batch, samples, max_new_tokens, seed)
+        run = SamplerRun(strategy or "genetic", population, batch or 6, samples, max_new_tokens, seed)
         return run.execute(task, seconds, generations)
 
     from tars_jax.evolve.job import Budget
 
-    settings = {
+    settings: dict[str, Any] = {
         "space": space,
         "strategy": strategy or "eggroll",
         "fitness": fitness,
         "layers": layers,
         "matrices": tuple(matrices.split(",")),
         "population": population,
-        "batch": batch,
         "rank": rank,
         "sigma": sigma,
         "learning_rate": lr,
@@ -71,7 +84,9 @@ def optimize(
         "decay": decay,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-    } | ({"horizon": generations} if generations else {})
+    }
+    settings |= {"horizon": generations} if generations else {}
+    settings |= {} if batch is None else {"batch": batch}
     budget = Budget(seconds, generations, target, evaluate_every)
     _run(task, settings, budget)
 
@@ -108,11 +123,11 @@ def _run(task: Task, settings: dict[str, Any], budget: "Budget") -> None:
 def _followed(progress: "Iterator[Outcome]", budget: "Budget") -> "Outcome | None":
     """Show a search until it ends or Ctrl-C stops it, and give its last outcome; None if there is nothing yet."""
     outcome = None
-    with display() as show, contextlib.suppress(KeyboardInterrupt):
+    with share_bar("generation 0") as show, contextlib.suppress(KeyboardInterrupt):
         for outcome in progress:
             shares = [outcome.seconds / budget.seconds] if budget.seconds else []
             shares += [len(outcome.points) / budget.generations] if budget.generations else []
-            show(describe(outcome), max(shares, default=0.0))
+            show(max(shares, default=0.0), describe(outcome))
     return outcome if outcome is not None and outcome.state.generation else None
 
 

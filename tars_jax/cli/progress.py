@@ -62,6 +62,28 @@ def load_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextlib.contextmanager
+def share_bar(label: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar to be fed the share that is done and what to say about it; where there is no terminal, a line for every new text."""
+    if not sys.stderr.isatty():
+        said = [label]
+
+        def say(_: float, text: str) -> None:
+            if text != said[-1]:
+                print(text, file=sys.stderr, flush=True)
+                said.append(text)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(label, total=1.0)
+        yield lambda share, text: bars.update(task, completed=min(max(share, 0.0), 1.0), description=text)
+
+
+@contextlib.contextmanager
 def count_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar that counts to ``total``, or on and on; to be fed the count. Nothing where there is no terminal."""
     if not sys.stderr.isatty():

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tars_jax.cli.output import note
-from tars_jax.cli.searching import Task, command, display
+from tars_jax.cli.progress import share_bar
+from tars_jax.cli.searching import Task, command
 from tars_jax.errors import InvalidRequest, ModelNotFound
 
 if TYPE_CHECKING:
@@ -66,12 +67,12 @@ class SamplerRun:
         from tars_jax.optim import Budget
 
         budget = Budget(seconds=seconds, generations=None if generations is None else done + generations)
-        with serving(model, [*examples, *held], self.max_new_tokens) as engine, display() as show:
+        with serving(model, [*examples, *held], self.max_new_tokens) as engine, share_bar("generation 0") as show:
             sampled = Sampled(engine, scorer, samples=self.samples, max_tokens=self.max_new_tokens)
 
             def progress(generation: int, numbers: Mapping[str, float]) -> None:
                 share = (generation - done) / generations if generations else 0.0
-                show(f"generation {generation}  best {numbers['best']:.3f}  mean {numbers['average']:.3f}", share)
+                show(share, f"generation {generation}  best {numbers['best']:.3f}  mean {numbers['average']:.3f}")
 
             return search_sampler(
                 sampled,

@@ -1,10 +1,9 @@
-"""What the searches of ``tars optimize`` have in common: examples, progress, and where a result is kept."""
+"""What the searches of ``tars optimize`` have in common: examples, and where a result is kept."""
 
-import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,19 +46,3 @@ class Task:
 def command() -> str:
     """How the user called it."""
     return shlex.join(["tars", *sys.argv[1:]])
-
-
-@contextlib.contextmanager
-def display() -> Iterator[Callable[[str, float], None]]:
-    """Shows a generation: a line about it, and the share of the budget that is spent. A bar on a terminal; elsewhere lines."""
-    if not sys.stderr.isatty():
-        yield lambda line, share: note(line)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("generation 0", total=1.0)
-
-        yield lambda line, share: bars.update(task, completed=min(share, 1.0), description=line)

@@ -69,7 +69,7 @@ def listen(address: "Address") -> socket.socket:
 
 def running() -> None:
     """List models in memory."""
-    server = _server()
+    server = running_server()
     rows = [_row(model) for model in server.running()]
     server.close()
     print(table(("NAME", "ID", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL"), rows))
@@ -84,7 +84,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
 
 def stop(model: str) -> None:
     """Unload a model."""
-    server = _server()
+    server = running_server()
     try:
         server.generate({"model": model, "keep_alive": 0})
     except ModelNotFound:
@@ -93,7 +93,8 @@ def stop(model: str) -> None:
         server.close()
 
 
-def _server() -> "ServerBackend":
+def running_server() -> "ServerBackend":
+    """The server at OLLAMA_HOST. Raises TarsError: there is none."""
     from api.settings import Settings
     from tars_jax.cli.backends import find_server
 

@@ -109,8 +109,7 @@ class Engine:
         """Text of one answer, piece by piece; closing the iterator cancels the request."""
         ids = self.model.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
         outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        params = dataclasses.replace(params or SamplingParams(), n=1)
-        request = Request(new_request_id(), tuple(ids), params, outputs.put)
+        request = Request(new_request_id(), tuple(ids), dataclasses.replace(params or SamplingParams(), n=1), outputs.put)
         self.submit(request)
         try:
             while True:
@@ -145,21 +144,25 @@ class Engine:
 
     def swap(self, params: Decoder, version: int | None = None) -> int:
         """Serve other weights from the next step on, and return their version: the next number, or ``version``, one that this engine
-        has not had. No stream is dropped: those under way keep what they have in the cache and go on with the new weights; adapters
-        stay.
+        has not had. No stream is dropped: those under way keep what is cached and go on with the new weights; adapters stay.
 
-        If the parameter tree has changed its structure, the steps compiled so far are compiled for the new one before anything
-        changes; the caller waits, the engine goes on. Raises InvalidRequest for weights of another model.
+        Waits, while the engine goes on, for what must be compiled, as `expect`. Raises InvalidRequest for weights of another model.
         """
         with self._changing:
             self._use(self._runner.prepared(params), self._version + 1 if version is None else version)
             return self._version
 
+    def expect(self, params: Decoder, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Compile what a later `swap` to weights of such a structure needs, until it is ``stopped``. Raises InvalidRequest for weights
+        of another model."""
+        with self._changing:
+            self._runner.prepared(params, stopped=stopped)
+
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """From now on requests may name this adapter; those under way with an earlier one of that name go on with it.
 
-        Waits for compilation as `swap` does, which is needed when all ranks are taken (their number then doubles) or a weight is
-        updated for the first time. Raises InvalidRequest for an adapter of another model, and for norms and steering vectors.
+        Waits as `swap` does when all ranks are taken (their number doubles) or a weight is updated for the first time. Raises
+        InvalidRequest for an adapter of another model, and for norms and steering vectors.
         """
         if adapter.norms or adapter.steering:
             raise InvalidRequest(f"{adapter.source}: requests can choose LoRA adapters; load norms and steering vectors with the model")
@@ -178,33 +181,31 @@ class Engine:
             self._use(self._runner.prepared(adapters=self._runner.adapters.removing(name)), self._version)
 
     def _use(self, weights: Weights, version: int) -> None:
-        done: Future[None] = Future()
-
         def change() -> None:
             self._runner.use(weights)
             self._version = self._scheduler.root = version  # keys and values of other weights are of no use
-            done.set_result(None)
 
-        with self._wake:
-            if self._closing:
-                raise TarsError("the engine is closed")
-            self._post(change)
-        done.result()
+        if not self._between_steps(change):
+            raise TarsError("the engine is closed")
 
     def work_when_idle(self, work: Work | None, share: float = 0.0) -> None:
         """Let the engine's thread call ``work``, a slice at a time, while it has nothing else to do, and for a ``share`` of the time in
         which it has; in the place of what it called before. None: nothing more. When this returns, the earlier work has ended."""
-        done: Future[None] = Future()
 
         def change() -> None:
             self._idle = IdleWork(work, share) if work else None
-            done.set_result(None)
 
+        self._between_steps(change)
+
+    def _between_steps(self, change: Callable[[], object]) -> bool:
+        """Let the engine's thread make a change, and wait for it; False if the engine is closed."""
+        done: Future[object] = Future()
         with self._wake:
             if self._closing:
-                return
-            self._post(change)
+                return False
+            self._post(lambda: done.set_result(change()))
         done.result()
+        return True
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take no more requests, let those there finish for ``drain_seconds``, cancel the rest, end the thread. Idempotent."""

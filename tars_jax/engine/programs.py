@@ -1,25 +1,18 @@
 """The compiled steps of an engine, one per token bucket: made ahead in the background, or when first needed."""
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import jax
 
 from tars_jax import memory
+from tars_jax.engine.threads import start_deep, step_back
 
 Program = Callable[..., Any]
-STACK_BYTES = 64 << 20  # XLA's compiler recurses deeper than a thread's usual 8 MiB allows
-
-
-def _step_back() -> None:
-    """Give this thread, and those the compiler starts from it, a low priority where threads can have their own (Linux)."""
-    if sys.platform == "linux":  # elsewhere the call would slow the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
 
 
 class Programs:
@@ -46,12 +39,7 @@ class Programs:
     def prepare(self, buckets: Iterable[int]) -> None:
         """Compile buckets in a thread of their own, one after the other. No daemon: an interpreter that ends waits for the one it is
         at, since killing a thread within XLA's compiler aborts the process."""
-        thread = threading.Thread(target=self._prepare, args=(list(buckets),), name="compile", daemon=False)
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            thread.start()
-        finally:
-            threading.stack_size(before)
+        start_deep(partial(self._prepare, list(buckets)), "compile", daemon=False)
 
     def stop(self) -> None:
         """Begin no further compilation in the background."""
@@ -60,7 +48,7 @@ class Programs:
     def _prepare(self, buckets: list[int]) -> None:
         for bucket in buckets:
             if bucket != buckets[0]:  # the first is wanted soon; the others must not take the cores from requests
-                _step_back()
+                step_back()
             if self._stopped or not threading.main_thread().is_alive():
                 return
             future, is_new = self._claim(bucket)

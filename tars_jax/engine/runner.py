@@ -24,19 +24,29 @@ from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
 
 SCORED = 64  # tokens of a prompt scored at once
+STRUCTURES = 4  # of weights, whose programs are kept: those of the file, of a version with an adapter, ...
+
+
+class Compiled(NamedTuple):
+    """What depends on the structure of the weights alone: what makes the steps' inputs, and the programs."""
+
+    batches: Batches
+    steps: Programs
+    drafts: Programs
 
 
 class Weights(NamedTuple):
-    """Parameters and the adapters that requests choose among; both as the steps take them, flattened once; what makes the steps' inputs;
-    and the programs compiled for their structure."""
+    """Parameters and the adapters that requests choose among; both as the steps take them, flattened once; and what runs them."""
 
     params: Any  # a Decoder; None after `close`
     adapters: AdapterSlots
     leaves: list[jax.Array]
     tree: jax.tree_util.PyTreeDef
-    batches: Batches
-    steps: Programs
-    drafts: Programs
+    compiled: Compiled
+
+    @property
+    def batches(self) -> Batches:
+        return self.compiled.batches
 
 
 class Runner:
@@ -56,7 +66,9 @@ class Runner:
         self.num_pages: int = self._state.cache.k.shape[0] // model.config.num_layers
         caches = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
         self.nbytes: int = model.nbytes + caches + (draft.nbytes if draft else 0)
-        self._weights = self._with_programs(model.params, AdapterSlots())
+        self._known: dict[Any, Compiled] = {}  # by structure, the latest last
+        self._ahead: list[int] = []  # buckets to be compiled before they are needed
+        self._weights = self._placed(model.params, AdapterSlots())
         self._samplers = Programs(partial(self._lower_sampler, _shape(self._state.tokens), _shape(self._state.mu)), observe)
 
     @property
@@ -71,17 +83,18 @@ class Runner:
 
     def compile_ahead(self, *, everything: bool) -> None:
         """Compile in the background: the step of one token, and ``everything`` else after it."""
-        ahead = buckets(self._config) if everything else [1]
-        self._weights.steps.prepare(ahead)
-        self._samplers.prepare(sorted({self._weights.batches.layout(bucket).rows for bucket in ahead}))
+        self._ahead = buckets(self._config) if everything else [1]
+        self._weights.compiled.steps.prepare(self._ahead)
+        self._samplers.prepare(sorted({self._weights.batches.layout(bucket).rows for bucket in self._ahead}))
 
     def compiled(self) -> list[int]:
         """Buckets whose step is ready, smallest first."""
-        return self._weights.steps.compiled()
+        return self._weights.compiled.steps.compiled()
 
     def stop_compiling(self) -> None:
         """Begin no further compilation in the background."""
-        self._weights.steps.stop()
+        for compiled in list(self._known.values()):
+            compiled.steps.stop()
         self._samplers.stop()
 
     def send(self, plan: Plan) -> tuple[int, jax.Array, jax.Array]:
@@ -91,9 +104,9 @@ class Runner:
         if drafting := [span for span in plan if span.drafts]:
             bucket, numbers = now.batches.build_drafts(drafting)
             samples = self._samples.build([dataclasses.replace(span, guesses=()) for span in drafting], now.batches.layout(bucket).rows)
-            self._state = now.drafts.get(bucket)(now.leaves, self._state, numbers, samples)
+            self._state = now.compiled.drafts.get(bucket)(now.leaves, self._state, numbers, samples)
         bucket, numbers = now.batches.build(plan)
-        self._state, scores, hidden = now.steps.get(bucket)(now.leaves, self._state, numbers)
+        self._state, scores, hidden = now.compiled.steps.get(bucket)(now.leaves, self._state, numbers)
         return bucket, scores, hidden
 
     def sample(self, plan: Plan, scores: jax.Array) -> jax.Array:
@@ -120,20 +133,23 @@ class Runner:
             scored += [read_row(row, sequence.params.prompt_logprobs or 0)[0] for row in rows]
         return scored
 
-    def prepared(self, params: Decoder | None = None, adapters: AdapterSlots | None = None) -> Weights:
-        """Other parameters of the same model or other adapters, ready for `use`; if their tree has another structure (a first adapter),
-        the steps compiled so far are compiled for it now. From any thread, one at a time. Raises InvalidRequest for weights of another
-        model."""
+    def prepared(
+        self, params: Decoder | None = None, adapters: AdapterSlots | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> Weights:
+        """Other parameters of the same model or other adapters, ready for `use`: what is compiled for the weights served now, and what
+        is being compiled for them in the background, is compiled for the structure of these too. That of the latest few structures is
+        kept. From any thread, one at a time. ``stopped``: whether to compile no more, for weights that will not be used. Raises
+        InvalidRequest for weights of another model."""
         now = self._weights
         if params is not None:
             _check_same_model(params, self._model.params)
-        weights = self._with_programs(params or now.params, adapters or now.adapters)
-        if _shapes(weights.leaves, weights.tree) == _shapes(now.leaves, now.tree):
-            return weights._replace(batches=now.batches, steps=now.steps, drafts=now.drafts)
-        for bucket in now.steps.compiled():
-            weights.steps.get(bucket)
-        for bucket in now.drafts.compiled():
-            weights.drafts.get(bucket)
+        weights = self._placed(params or now.params, adapters or now.adapters)
+        if weights.compiled is not now.compiled:
+            wanted = [(weights.compiled.steps, bucket) for bucket in sorted({*self._ahead, *now.compiled.steps.compiled()})]
+            wanted += [(weights.compiled.drafts, bucket) for bucket in now.compiled.drafts.compiled()]
+            for programs, bucket in wanted:
+                if not stopped():
+                    programs.get(bucket)
         return weights
 
     def use(self, weights: Weights) -> None:
@@ -163,12 +179,20 @@ class Runner:
         del self._state
         self._weights = self._weights._replace(params=None, leaves=[])
 
-    def _with_programs(self, params: Decoder, adapters: AdapterSlots) -> Weights:
+    def _placed(self, params: Decoder, adapters: AdapterSlots) -> Weights:
         placed = adapters.put_on(params)
         if self._mesh is not None:
             placed = sharding.shard(placed, self._model.config, self._mesh)
         leaves, tree = jax.tree.flatten((placed, self._draft.params if self._draft else None))
-        batches = Batches(self._config, adapters.ranks)
+        structure = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        compiled = self._known.pop(structure, None) or self._programs(leaves, tree, adapters.ranks)
+        self._known[structure] = compiled
+        if len(self._known) > STRUCTURES:
+            del self._known[next(iter(self._known))]
+        return Weights(params, adapters, leaves, tree, compiled)
+
+    def _programs(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, ranks: int) -> Compiled:
+        batches = Batches(self._config, ranks)
         draft = self._draft.config if self._draft else None
         fixed = {"tree": tree, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
         shapes = jax.tree.map(_shape, (leaves, self._state))  # not the arrays: programs outlive them
@@ -180,8 +204,7 @@ class Runner:
             layout = batches.layout(bucket)
             return run_draft.lower(*shapes, batches.empty(bucket), self._samples.empty(layout.rows), layout=layout, **fixed)
 
-        steps, drafts = Programs(lower, self._observe), Programs(lower_draft, self._observe)
-        return Weights(params, adapters, leaves, tree, batches, steps, drafts)
+        return Compiled(batches, Programs(lower, self._observe), Programs(lower_draft, self._observe))
 
     def _lower_sampler(self, tokens: jax.ShapeDtypeStruct, mu: jax.ShapeDtypeStruct, rows: int) -> jax.stages.Lowered:
         scores = jax.ShapeDtypeStruct((rows, self._model.config.vocab_size), jnp.float32, sharding=tokens.sharding)
@@ -190,11 +213,6 @@ class Runner:
 
 def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _shapes(leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef) -> Any:
-    """What a compiled step depends on."""
-    return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _check_same_model(params: Decoder, other: Decoder) -> None:

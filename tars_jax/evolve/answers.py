@@ -12,6 +12,7 @@ from jax import lax
 from tars_jax.cache import RaggedBatch, init_cache
 from tars_jax.config import ModelConfig
 from tars_jax.evolve.batches import PAGE, layout, repeat, round_up
+from tars_jax.evolve.programs import program
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder, forward, logits
 
@@ -36,7 +37,7 @@ def _text(model: Model, tokens: np.ndarray) -> str:
     return model.tokenizer.decode(ids[:end])
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "members", "steps"))
+@program(("config", "dtype", "members", "steps"))
 def _decode(params: Decoder, rows: RaggedBatch, ends: jax.Array, *, config: ModelConfig, dtype: str, members: int, steps: int) -> jax.Array:
     """Tokens [steps, sequences] decoded greedily; zeros once every sequence has ended."""
     batch = repeat(rows, members)

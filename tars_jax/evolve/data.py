@@ -4,10 +4,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tars_jax.errors import InvalidRequest, refuse
-from tars_jax.loaders.loaded import Model
+
+if TYPE_CHECKING:
+    from tars_jax.loaders.loaded import Model
 
 PROMPTS, COMPLETIONS = ("prompt", "input", "instruction", "question"), ("completion", "label", "output", "response", "answer")
 
@@ -25,8 +27,14 @@ class Example:
         return len(self.prompt) + len(self.completion)
 
 
-def read_examples(path: Path, model: Model) -> list[Example]:
+def read_examples(path: Path, model: "Model") -> list[Example]:
     """Examples of a JSON Lines file. Raises InvalidRequest that lists the faulty lines by number."""
+    items, numbers = read_lines(path)
+    return encode_examples(items, model, source=str(path), numbers=numbers)
+
+
+def read_lines(path: Path) -> tuple[list[Any], list[int]]:
+    """What stands in a JSON Lines file, and in which lines. Raises InvalidRequest."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -42,11 +50,12 @@ def read_examples(path: Path, model: Model) -> list[Example]:
             faults.append(f"line {number} is not JSON ({error})")
             items.append(None)
     refuse(faults, f"{path} is not JSON Lines")
-    numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
-    return encode_examples(items, model, source=str(path), numbers=numbers)
+    return items, [number for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def encode_examples(items: Sequence[Any], model: Model, *, source: str = "the data", numbers: Sequence[int] | None = None) -> list[Example]:
+def encode_examples(
+    items: Sequence[Any], model: "Model", *, source: str = "the data", numbers: Sequence[int] | None = None
+) -> list[Example]:
     """Examples of objects ``{"prompt", "completion"}``, taken as they are, or ``{"messages": [...]}``, written by the model's chat
     template; of those the last answer is the completion. Names in use elsewhere ("label", "answer", ...) are understood too.
 
@@ -64,7 +73,7 @@ def encode_examples(items: Sequence[Any], model: Model, *, source: str = "the da
     return examples
 
 
-def _encode(item: Any, model: Model) -> Example:
+def _encode(item: Any, model: "Model") -> Example:
     if not isinstance(item, Mapping):
         raise InvalidRequest(f"is a {type(item).__name__}, not an object")
     prompt, completion = _conversation(item["messages"], model) if "messages" in item else _pair(item)
@@ -90,7 +99,7 @@ def _pair(item: Mapping[str, Any]) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def _conversation(messages: Any, model: Model) -> tuple[str, str]:
+def _conversation(messages: Any, model: "Model") -> tuple[str, str]:
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise InvalidRequest("has messages that do not end with the assistant's answer")

@@ -11,8 +11,8 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ from tars_jax.model import Decoder
 BASIS_EXAMPLES = 64  # examples whose inputs give the directions of the search
 SLICE_TOKENS = 1024  # tokens of all members that one step runs through the evolved blocks
 HELD_TOKENS = 512  # tokens evaluated at once
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Evolution:
         self.basis_examples = self.examples[:: -(-len(self.examples) // BASIS_EXAMPLES)]
         self._general = chunks[1::2]
         self._batch_size = min(settings.batch, len(self.examples))
-        self._slice_tokens = slice_tokens
+        self._slice_tokens, self._other = slice_tokens, other
         self._space: Space | None = None
         self._finding = find(self.params, model, settings, layers, self.basis_examples, chunks[::2])
         self._trunk: tuple[int, tuple[list[Example], ScoreBatch, jax.Array]] | None = None
@@ -121,9 +123,14 @@ class Evolution:
         return jnp.zeros(self.space.size, jnp.float32)
 
     def step(self, state: State) -> tuple[State, Metrics | None]:
-        """Score the next slice of the generation; after the last, tell the strategy and give the generation's metrics."""
+        """Score the next slice of the generation; after the last, tell the strategy and give the generation's metrics. Where pieces of
+        work are bounded, the frozen blocks are one of their own."""
         began = time.perf_counter()
+        is_new = not self._has_batch(state.generation)
         examples, batch, states = self._generation_batch(state.generation)
+        if is_new and self._slice_tokens:
+            jax.block_until_ready(states)
+            return dataclasses.replace(state, seconds=state.seconds + time.perf_counter() - began), None
         first = sum(map(len, state.scored))
         count = min(self._slice(batch), self.strategy.population - first)
         members = self.space.updated(self.params, self.strategy.members(state.search, first, count))
@@ -159,6 +166,20 @@ class Evolution:
         """The update [D] that the search stands for: its mean, or the best found."""
         return self.strategy.centre(state.search)
 
+    def rehearse(self, held: Sequence[Example]) -> Generator[None, None, Adapter]:
+        """Compile whatever a search with these held-out examples runs, a program or a few at a time, and run nothing; returns an
+        adapter such as it might find. Each turn must be taken within `programs.rehearsal`."""
+        same: dict[str, Any] = {"params": self.params, "strategy": self.strategy, "fitness": self.fitness, "other": self._other}
+        twin = Evolution(self.model, self.examples, self.settings, slice_tokens=self._slice_tokens, **same)
+        yield from twin.prepare()
+        held_out = yield from twin.holding_out(held)
+        yield from twin.evaluation(twin.start(), held_out)
+        state, metrics = twin.init(), None
+        while metrics is None:
+            state, metrics = twin.step(state)
+            yield
+        return twin.adapter(twin.centre(state))
+
     # What came of it.
 
     def adapter(self, vector: jax.Array) -> Adapter:
@@ -169,41 +190,48 @@ class Evolution:
         """Norm of an update over the norm of what it changes."""
         return self.space.drift(vector)
 
-    def evaluation(self, vector: jax.Array, held_out: "HeldOut") -> Iterator[Evaluation | None]:
-        """Evaluate an update, None after each bounded piece of work, the result last."""
+    def evaluation(self, vector: jax.Array, held_out: "HeldOut") -> Generator[None, None, Evaluation]:
+        """Evaluate an update, a bounded piece of work at each turn."""
         params = self.space.updated(self.params, vector)
         parts: list[tuple[np.ndarray, Scores]] = []
         for examples, batch, states in held_out.task:
             fitness, scores = self._fitness(params, examples, batch, states, 1)
             parts.append((fitness[0], scores))
-            yield None
+            yield
         general = []
         for _, batch, states in held_out.general:
             general.append(np.asarray(self._score(params, batch, states, 1).log_probability[0]))
-            yield None
+            yield
         sizes = [len(chunk.completion) for chunk in self._general]
         columns = [(fitness, scores.exact[0], scores.log_probability[0]) for fitness, scores in parts]
         fitness, exact, found = (np.concatenate([np.asarray(x) for x in column])[: held_out.count] for column in zip(*columns, strict=True))
-        yield summarise(fitness, exact, found, np.concatenate(general)[: len(sizes)], sizes, scored=self.fitness.scorer is not None)
+        return summarise(fitness, exact, found, np.concatenate(general)[: len(sizes)], sizes, scored=self.fitness.scorer is not None)
 
     def evaluate(self, vector: jax.Array, held_out: "HeldOut") -> Evaluation:
         """`evaluation` in one go."""
-        *_, result = self.evaluation(vector, held_out)
-        assert result is not None
-        return result
+        return _result(self.evaluation(vector, held_out))
+
+    def holding_out(self, examples: Sequence[Example]) -> Generator[None, None, "HeldOut"]:
+        """Examples to evaluate with; what the frozen blocks make of them is computed here, once, a bounded piece of work at each turn."""
+        held_out = HeldOut([], [], len(examples))
+        for kept, part in ((held_out.task, examples), (held_out.general, self._general)):
+            for batch in self._batches(part):
+                kept.append(jax.block_until_ready(batch))
+                yield
+        return held_out
 
     def hold_out(self, examples: Sequence[Example]) -> "HeldOut":
-        """Examples to evaluate with; what the frozen blocks make of them is computed here, once."""
-        return HeldOut(self._batches(examples), self._batches(self._general), len(examples))
+        """`holding_out` in one go."""
+        return _result(self.holding_out(examples))
 
     # Pieces.
 
-    def _batches(self, examples: Sequence[Example]) -> list[tuple[list[Example], ScoreBatch, jax.Array]]:
+    def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[list[Example], ScoreBatch, jax.Array]]:
         """Batches of one size, the last filled up with the first examples."""
         size = min(max((self._slice_tokens or HELD_TOKENS) // max(map(len, examples)), 1), len(examples))
         whole = [*examples, *(examples[i % len(examples)] for i in range(-len(examples) % size))]
         sizes = sizes_for(examples, size) if self._slice_tokens else Sizes()
-        return [self._laid_out(whole[i : i + size], sizes) for i in range(0, len(whole), size)]
+        return (self._laid_out(whole[i : i + size], sizes) for i in range(0, len(whole), size))
 
     def _laid_out(self, examples: list[Example], sizes: Sizes) -> tuple[list[Example], ScoreBatch, jax.Array]:
         batch = score_batch(examples, sizes)
@@ -212,11 +240,17 @@ class Evolution:
 
     def _generation_batch(self, generation: int) -> tuple[list[Example], ScoreBatch, jax.Array]:
         """The generation's examples, and what the frozen blocks make of them: kept, for all slices need it."""
-        turn = 0 if self.strategy.same_examples else generation
-        if self._trunk is None or self._trunk[0] != turn:
+        turn = self._turn(generation)
+        if not self._has_batch(generation) or self._trunk is None:
             chosen = np.random.default_rng([self.settings.seed, turn]).choice(len(self.examples), self._batch_size, replace=False)
             self._trunk = turn, self._laid_out([self.examples[i] for i in chosen], self._usual_sizes())
         return self._trunk[1]
+
+    def _turn(self, generation: int) -> int:
+        return 0 if self.strategy.same_examples else generation
+
+    def _has_batch(self, generation: int) -> bool:
+        return self._trunk is not None and self._trunk[0] == self._turn(generation)
 
     def _usual_sizes(self) -> Sizes:
         """Sizes that nearly all batches fit in, or all: they then have one shape, and one program."""
@@ -256,6 +290,15 @@ class HeldOut:
     task: list[tuple[list[Example], ScoreBatch, jax.Array]]
     general: list[tuple[list[Example], ScoreBatch, jax.Array]]
     count: int
+
+
+def _result(work: Generator[None, None, T]) -> T:
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            value: T = end.value
+            return value
 
 
 def make_strategy(settings: Settings) -> Strategy:

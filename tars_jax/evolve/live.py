@@ -1,6 +1,7 @@
 """A search beside serving: slices so short that they fit between two steps of an engine, and improvements while it goes on.
 
-`prepare` does everything that compiles, in a thread of its own; `search` then only runs what is there, a slice at each turn.
+`compile_ahead` compiles everything, in a thread of its own; `search` then only runs what is there, a slice at each turn, from the first
+look at the examples on.
 """
 
 import dataclasses
@@ -9,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
+from tars_jax.adapters import Adapter
 from tars_jax.errors import InvalidRequest
 from tars_jax.evolve.data import Example
 from tars_jax.evolve.evaluation import Evaluation, refusal, wilson
-from tars_jax.evolve.evolution import Evolution, HeldOut, Metrics, State
-from tars_jax.evolve.settings import Settings
-from tars_jax.loaders.loaded import Model
-from tars_jax.model import Decoder
+from tars_jax.evolve.evolution import Evolution, Metrics
+from tars_jax.evolve.programs import rehearsal
 
 SLICE_TOKENS = 128  # of all members; about 50 ms for the default model on two cores
 BATCH_TOKENS = 128  # that a member is scored on, unless the batch is given
@@ -45,21 +45,11 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A search after its first generation."""
-
-    evolution: Evolution
-    held_out: HeldOut
-    before: Evaluation
-    state: State
-    metrics: Metrics
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
-    """What a slice has completed: a generation, or a held-out check of its update. improvement: an update to be served from now on;
-    refused: why the one checked is not taken."""
+    """What a slice has completed: the evaluation of the weights as they are, a generation, or a held-out check of its update.
+    improvement: an update to be served from now on; refused: why the one checked is not taken."""
 
+    before: Evaluation | None = None
     metrics: Metrics | None = None
     check: Evaluation | None = None
     improvement: jax.Array | None = None
@@ -81,57 +71,58 @@ def check_lengths(examples: Sequence[Example], source: str) -> None:
             )
 
 
-def prepare(
-    model: Model,
-    params: Decoder,
-    examples: Sequence[Example],
-    held: Sequence[Example],
-    settings: Settings,
-    stopped: Stopped,
-    other: str | None = None,
-) -> Prepared | None:
-    """Find the directions, evaluate the weights as they are, run a generation; None if it was stopped meanwhile. ``params``: the
-    weights to start from; ``other``: as `Evolution` takes it."""
-    evolution = Evolution(model, examples, settings, params=params, slice_tokens=SLICE_TOKENS, other=other)
-    for _ in evolution.prepare():
-        if stopped():
-            return None
-    held_out = evolution.hold_out(held)
-    before = evolution.evaluate(evolution.start(), held_out)
-    state, metrics = evolution.init(), None
-    while metrics is None:
-        if stopped():
-            return None
-        state, metrics = evolution.step(state)
-    jax.block_until_ready(evolution.centre(state))
-    return Prepared(evolution, held_out, before, state, metrics)
+def compile_ahead(evolution: Evolution, held: Sequence[Example], stopped: Stopped) -> Adapter | None:
+    """Compile all that `search` runs; an adapter like those it may find, or None if it was stopped meanwhile. ``evolution`` has been
+    given `SLICE_TOKENS`."""
+    pieces = evolution.rehearse(held)
+    with rehearsal():
+        while not stopped():
+            try:
+                next(pieces)
+            except StopIteration as end:
+                adapter: Adapter = end.value
+                return adapter
+    return None
 
 
-def search(prepared: Prepared, limits: Limits, stopped: Stopped, clock: Callable[[], float] = time.monotonic) -> Iterator[Report | None]:
-    """Go on until a limit is reached or it is ``stopped``, a slice at each turn; what a slice has completed is reported.
+def search(
+    evolution: Evolution, held: Sequence[Example], limits: Limits, stopped: Stopped, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Report | None]:
+    """Find the directions, evaluate the weights as they are, then run generations until a limit is reached or it is ``stopped``; a slice
+    at each turn, and what a slice has completed is reported. The time limit counts from the first generation on.
 
     An update is an improvement, while the search goes on, if its held-out score is better than that of the weights served by more than
     chance (the lower end of its 95 % interval); at the end the best one is, if it is better at all. Either way other text must not suffer.
     """
-    evolution, state = prepared.evolution, prepared.state
-    guard = _Guard(prepared.before, limits)
-    deadline, checked = clock() + limits.seconds, 0
-    yield Report(metrics=prepared.metrics)
+    slices = _search(evolution, held, limits, clock)
     while not stopped():
+        try:
+            report = next(slices)
+        except StopIteration:
+            return
+        if not stopped():
+            yield report
+
+
+def _search(evolution: Evolution, held: Sequence[Example], limits: Limits, clock: Callable[[], float]) -> Iterator[Report | None]:
+    yield from evolution.prepare()
+    held_out = yield from evolution.holding_out(held)
+    before = yield from evolution.evaluation(evolution.start(), held_out)
+    yield Report(before=before)
+    guard, state = _Guard(before, limits), evolution.init()
+    deadline, checked = clock() + limits.seconds, 0
+    while True:
         ended = clock() >= deadline or state.generation == limits.generations
         if state.generation > checked and (ended or state.generation % limits.check_every == 0):
             vector, checked = evolution.centre(state), state.generation
-            for found in evolution.evaluation(vector, prepared.held_out):
-                if stopped():
-                    return
-                yield None if found is None else guard.judge(vector, found)
+            yield guard.judge(vector, (yield from evolution.evaluation(vector, held_out)))
         if ended or guard.is_done:
             break
         metrics = None
-        while metrics is None and clock() < deadline and not stopped():
+        while metrics is None and clock() < deadline:
             state, metrics = evolution.step(state)
             yield Report(metrics=metrics) if metrics else None
-    if not stopped() and (improvement := guard.last()):
+    if improvement := guard.last():
         yield improvement
 
 

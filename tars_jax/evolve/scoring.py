@@ -6,7 +6,6 @@ The frozen lower blocks run once for the batch (`trunk`), the evolved upper ones
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from tars_jax import ops
 from tars_jax.cache import RaggedBatch, init_cache
 from tars_jax.config import ModelConfig
 from tars_jax.evolve.batches import PAGE, ScoreBatch, repeat
+from tars_jax.evolve.programs import program
 from tars_jax.model import Decoder, Layer, logits, run_blocks
 
 LOGIT_ROWS = 128  # rows of logits held at once: 25 MB with a vocabulary of 49,152
@@ -31,13 +31,13 @@ class Scores:
     exact: jax.Array
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "first"))
+@program(("config", "dtype", "first"))
 def trunk(params: Decoder, rows: RaggedBatch, *, config: ModelConfig, dtype: str, first: int) -> jax.Array:
     """States [T, D] that enter block ``first``."""
     return blocks(params.layers[:first], config, ops.take(params.embed, rows.tokens, jnp.dtype(dtype)), rows)
 
 
-@partial(jax.jit, static_argnames=("config", "first", "members"))
+@program(("config", "first", "members"))
 def score(params: Decoder, states: jax.Array, batch: ScoreBatch, *, config: ModelConfig, first: int, members: int) -> Scores:
     """Scores of ``members`` members, whose blocks from ``first`` on hold their `LowRank` leaves, from `trunk`'s states [T, D]."""
     tokens, examples = states.shape[0], batch.sizes.shape[0]

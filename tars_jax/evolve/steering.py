@@ -5,7 +5,6 @@ llama.cpp calls them control vectors. They are measured in the size that the str
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from tars_jax.config import ModelConfig
 from tars_jax.errors import InvalidRequest
 from tars_jax.evolve.batches import ScoreBatch, score_batch
 from tars_jax.evolve.data import Example
+from tars_jax.evolve.programs import program
 from tars_jax.evolve.scoring import blocks, trunk
 from tars_jax.evolve.settings import Settings
 from tars_jax.loaders.loaded import Model
@@ -83,7 +83,7 @@ def _measured(params: Decoder, model: Model, layers: Sequence[int], batch: Score
     yield SteeringVectors(jnp.asarray(sizes, jnp.float32), tuple(layers), model.config.hidden_size)
 
 
-@partial(jax.jit, static_argnames=("config", "first"))
+@program(("config", "first"))
 def _leave(layer: Layer, x: jax.Array, rows: RaggedBatch, *, config: ModelConfig, first: int) -> jax.Array:
     """States [T, H] that leave a block."""
     return blocks([layer], config, x, rows, first)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tars_jax.adapters import Adapter
 from tars_jax.loaders.gguf import open_gguf
 from tars_jax.loaders.gguf_adapter import write_gguf_adapter
 from tars_jax.loaders.gguf_model import read_config
@@ -14,17 +15,17 @@ from tars_jax.loaders.opening import read_adapter
 from tars_jax.store import Layer, Store, StoredModel
 
 
-def save_adapted(store: Store, base: str, adapters: Sequence[Path], name: str) -> StoredModel:
-    """Make a model ``name`` of a stored one and adapters, which are kept as GGUF files.
+def save_adapted(store: Store, base: str, adapters: Sequence[Path | Adapter], name: str) -> StoredModel:
+    """Make a model ``name`` of a stored one and adapters, files or in memory, which are kept as GGUF files.
 
     Raises ModelNotFound, InvalidRequest for an ill-formed name, and ModelFileError for adapters that cannot be read or do not fit.
     """
     stored = store.find(base)
     config, layers = read_config(open_gguf(stored.model_path)), _layers(stored)
     with tempfile.TemporaryDirectory() as folder:
-        for path in adapters:
+        for adapter in adapters:
             file = Path(folder) / "adapter.gguf"
-            write_gguf_adapter(file, read_adapter(path, config), config)
+            write_gguf_adapter(file, adapter if isinstance(adapter, Adapter) else read_adapter(adapter, config), config)
             layers.append(_add(store, file))
     return store.write_manifest(name, stored.config, layers)
 

@@ -4,6 +4,7 @@ An optimizer is a frozen pytree of hyper-parameters (``params``, numbers that ma
 is a pytree too and holds the random key, so ``ask`` and ``tell`` alone are reproducible, and ``jax.vmap`` over states makes restarts.
 """
 
+import abc
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -58,7 +59,7 @@ StateT = TypeVar("StateT", bound=State)
 
 
 @struct.dataclass(kw_only=True)
-class Optimizer(Generic[StateT]):
+class Optimizer(abc.ABC, Generic[StateT]):
     """Base of all optimizers. ``pop_size`` individuals are asked for and told each generation.
 
     ``bounds``, ``mask`` and ``step`` (initial standard deviations) follow ``x0``'s structure or a prefix of it, see
@@ -126,20 +127,25 @@ class Optimizer(Generic[StateT]):
 
     # What an optimizer defines: on vectors, fitness free of NaN.
 
+    @abc.abstractmethod
     def begin(self, common: dict[str, Any], params: Any) -> StateT:
-        raise NotImplementedError
+        """The state before the first generation; ``common``: what every state holds."""
 
+    @abc.abstractmethod
     def adopt(self, state: StateT, start: Start, params: Any) -> StateT:
-        raise NotImplementedError
+        """The state, begun from individuals that another stage has evaluated."""
 
+    @abc.abstractmethod
     def propose(self, state: StateT, params: Any) -> tuple[Array, StateT]:
-        raise NotImplementedError
+        """The next population ``[pop_size, d]``."""
 
+    @abc.abstractmethod
     def update(self, state: StateT, x: Array, fitness: Array, params: Any) -> tuple[StateT, Info]:
-        raise NotImplementedError
+        """What a population's fitness teaches."""
 
+    @abc.abstractmethod
     def hand_over(self, state: StateT) -> Start:
-        raise NotImplementedError
+        """What the next stage begins with."""
 
 
 def begin(optimizer: Optimizer[StateT], params: Any, space: Space, x0: Tree, key: Array, horizon: Array, start: Start | None) -> StateT:
