@@ -47,7 +47,7 @@ class InFlight(NamedTuple):
 
     plan: Plan
     bucket: int
-    scores: jax.Array  # the logits to come
+    last: jax.Array  # the last layer's states that tokens are sampled after, to come
     hidden: jax.Array  # the last layer's states to come, [bucket, H]
     sent: float  # seconds, time.perf_counter()
     out: jax.Array | None = None  # the sampler's, once it is sent too; it never is if nothing is sampled
@@ -279,14 +279,14 @@ class Engine:
 
     def _sample(self, step: InFlight) -> InFlight:
         samples = any(span.samples for span in step.plan)
-        return step._replace(out=self._runner.sample(step.plan, step.scores)) if samples else step
+        return step._replace(out=self._runner.sample(step.plan, step.last)) if samples else step
 
     def _commit(self) -> None:
         assert self._in_flight is not None
         step, self._in_flight = self._in_flight, None
         self._current = step.plan
         rows = iter(()) if step.out is None else iter(np.asarray(step.out))
-        step.scores.block_until_ready()  # where nothing is sampled
+        step.last.block_until_ready()  # where nothing is sampled
         now = time.perf_counter()
         seconds = now - max(step.sent, self._last_read)
         self._times.observe(step.bucket, seconds)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax import sharding
-from tars_jax.adapters import weight_shapes
+from tars_jax.adapters import is_weight, weight_shapes
 from tars_jax.cache import gather_pages, scatter_pages
 from tars_jax.config import EngineConfig
 from tars_jax.engine.adapters import AdapterSlots
 from tars_jax.engine.programs import Programs
 from tars_jax.engine.request import TokenLogprob
-from tars_jax.engine.sampler import SampleBatches, read_row, run_sampler, run_scores
+from tars_jax.engine.sampler import SampleBatches, head, read_row, run_sampler, run_scores
 from tars_jax.engine.scheduler import Plan, Span
 from tars_jax.engine.step import Batches, EngineState, buckets, init_state, run_draft, run_step
 from tars_jax.errors import InvalidRequest
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
+from tars_jax.quant import LowRank
 
 SCORED = 64  # tokens of a prompt scored at once
 STRUCTURES = 4  # of weights, whose programs are kept: those of the file, of a version with an adapter, ...
@@ -33,6 +33,8 @@ class Compiled(NamedTuple):
     batches: Batches
     steps: Programs
     drafts: Programs
+    samplers: Programs
+    head_ranks: int  # of the adapters that update the head
 
 
 class Weights(NamedTuple):
@@ -42,6 +44,7 @@ class Weights(NamedTuple):
     adapters: AdapterSlots
     leaves: list[jax.Array]
     tree: jax.tree_util.PyTreeDef
+    head: list[jax.Array]
     compiled: Compiled
 
     @property
@@ -68,8 +71,8 @@ class Runner:
         self.nbytes: int = model.nbytes + caches + (draft.nbytes if draft else 0)
         self._known: dict[Any, Compiled] = {}  # by structure, the latest last
         self._ahead: list[int] = []  # buckets to be compiled before they are needed
+        self._samplers: dict[Any, Programs] = {}  # by structure of the head
         self._weights = self._placed(model.params, AdapterSlots())
-        self._samplers = Programs(partial(self._lower_sampler, _shape(self._state.tokens), _shape(self._state.mu)), observe)
 
     @property
     def adapters(self) -> AdapterSlots:
@@ -85,7 +88,7 @@ class Runner:
         """Compile in the background: the step of one token, and ``everything`` else after it."""
         self._ahead = buckets(self._config) if everything else [1]
         self._weights.compiled.steps.prepare(self._ahead)
-        self._samplers.prepare(sorted({self._weights.batches.layout(bucket).rows for bucket in self._ahead}))
+        self._weights.compiled.samplers.prepare(sorted({self._rows(bucket) for bucket in self._ahead}))
 
     def compiled(self) -> list[int]:
         """Buckets whose step is ready, smallest first."""
@@ -93,26 +96,31 @@ class Runner:
 
     def stop_compiling(self) -> None:
         """Begin no further compilation in the background."""
-        for compiled in list(self._known.values()):
-            compiled.steps.stop()
-        self._samplers.stop()
+        for programs in [compiled.steps for compiled in self._known.values()] + list(self._samplers.values()):
+            programs.stop()
 
     def send(self, plan: Plan) -> tuple[int, jax.Array, jax.Array]:
-        """Start a step, and before it the drafting of the guesses it is to check: its bucket, and to come the logits for `sample` and the
-        states for `score`."""
+        """Start a step, and before it the drafting of the guesses it is to check: its bucket, and to come the states for `sample` and for
+        `score`."""
         now = self._weights
         if drafting := [span for span in plan if span.drafts]:
             bucket, numbers = now.batches.build_drafts(drafting)
             samples = self._samples.build([dataclasses.replace(span, guesses=()) for span in drafting], now.batches.layout(bucket).rows)
             self._state = now.compiled.drafts.get(bucket)(now.leaves, self._state, numbers, samples)
         bucket, numbers = now.batches.build(plan)
-        self._state, scores, hidden = now.compiled.steps.get(bucket)(now.leaves, self._state, numbers)
-        return bucket, scores, hidden
+        self._state, last, hidden = now.compiled.steps.get(bucket)(now.leaves, self._state, numbers)
+        return bucket, last, hidden
 
-    def sample(self, plan: Plan, scores: jax.Array) -> jax.Array:
+    def sample(self, plan: Plan, last: jax.Array) -> jax.Array:
         """Start the sampling of a plan that was sent, before the next one is: its output to come (`sampler.read_row`)."""
-        batch = self._samples.build(plan, scores.shape[0])
-        tokens, mu, out = self._samplers.get(scores.shape[0])(self._state.tokens, self._state.mu, scores, batch)
+        now, sampled = self._weights, [span for span in plan if span.samples for _ in range(1 + len(span.guesses))]
+        rows = self._rows(len(sampled))
+        strengths = np.zeros((rows, now.compiled.head_ranks), np.float32)
+        for row, span in enumerate(sampled if now.compiled.head_ranks else ()):
+            _add_strengths(strengths[row], span)
+        batch = self._samples.build(plan, rows)
+        program = now.compiled.samplers.get(rows)
+        tokens, mu, out = program(now.head, self._state.tokens, self._state.mu, last, strengths, batch)
         self._state = dataclasses.replace(self._state, tokens=tokens, mu=mu)
         return out
 
@@ -122,8 +130,7 @@ class Runner:
         targets = np.asarray(sequence.request.prompt_ids[span.start + 1 : span.start + span.count + 1], np.int32)
         states, scored = np.asarray(hidden)[at : at + len(targets)], list[TokenLogprob]()
         strengths = np.zeros((SCORED, now.adapters.ranks), np.float32)
-        for share in sequence.adapters:
-            strengths[:, share.start : share.stop] += share.strength
+        _add_strengths(strengths, span)
         for start in range(0, len(targets), SCORED):
             part = slice(start, start + SCORED)
             missing = SCORED - len(targets[part])
@@ -147,6 +154,7 @@ class Runner:
         if weights.compiled is not now.compiled:
             wanted = [(weights.compiled.steps, bucket) for bucket in sorted({*self._ahead, *now.compiled.steps.compiled()})]
             wanted += [(weights.compiled.drafts, bucket) for bucket in now.compiled.drafts.compiled()]
+            wanted += [(weights.compiled.samplers, rows) for rows in now.compiled.samplers.compiled()]
             for programs, bucket in wanted:
                 if not stopped():
                     programs.get(bucket)
@@ -177,7 +185,7 @@ class Runner:
         """Let weights and cache go."""
         self.stop_compiling()
         del self._state
-        self._weights = self._weights._replace(params=None, leaves=[])
+        self._weights = self._weights._replace(params=None, leaves=[], head=[])
 
     def _placed(self, params: Decoder, adapters: AdapterSlots) -> Weights:
         placed = adapters.put_on(params)
@@ -185,13 +193,14 @@ class Runner:
             placed = sharding.shard(placed, self._model.config, self._mesh)
         leaves, tree = jax.tree.flatten((placed, self._draft.params if self._draft else None))
         structure = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        compiled = self._known.pop(structure, None) or self._programs(leaves, tree, adapters.ranks)
+        top = head(placed)
+        compiled = self._known.pop(structure, None) or self._programs(leaves, tree, adapters.ranks, top)
         self._known[structure] = compiled
         if len(self._known) > STRUCTURES:
             del self._known[next(iter(self._known))]
-        return Weights(params, adapters, leaves, tree, compiled)
+        return Weights(params, adapters, leaves, tree, jax.tree.leaves(top), compiled)
 
-    def _programs(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, ranks: int) -> Compiled:
+    def _programs(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, ranks: int, top: Decoder) -> Compiled:
         batches = Batches(self._config, ranks)
         draft = self._draft.config if self._draft else None
         fixed = {"tree": tree, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
@@ -204,11 +213,33 @@ class Runner:
             layout = batches.layout(bucket)
             return run_draft.lower(*shapes, batches.empty(bucket), self._samples.empty(layout.rows), layout=layout, **fixed)
 
-        return Compiled(batches, Programs(lower, self._observe), Programs(lower_draft, self._observe))
+        head_ranks = ranks if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(top, is_leaf=is_weight)) else 0
+        samplers = self._sampler_programs(jax.tree.map(_shape, top), head_ranks)
+        return Compiled(batches, Programs(lower, self._observe), Programs(lower_draft, self._observe), samplers, head_ranks)
 
-    def _lower_sampler(self, tokens: jax.ShapeDtypeStruct, mu: jax.ShapeDtypeStruct, rows: int) -> jax.stages.Lowered:
-        scores = jax.ShapeDtypeStruct((rows, self._model.config.vocab_size), jnp.float32, sharding=tokens.sharding)
-        return run_sampler.lower(tokens, mu, scores, self._samples.empty(rows))
+    def _sampler_programs(self, top: Decoder, ranks: int) -> Programs:
+        """Those of a head of these shapes: the same for all weights that differ in their layers alone."""
+        leaves, tree = jax.tree.flatten(top)
+        tokens, mu = _shape(self._state.tokens), _shape(self._state.mu)
+        size, config = (self._config.max_rows, self._model.config.hidden_size), self._model.config
+        last = jax.ShapeDtypeStruct(size, jnp.dtype(self._model.dtype), sharding=tokens.sharding)
+
+        def lower(rows: int) -> jax.stages.Lowered:
+            inputs = leaves, tokens, mu, last, np.zeros((rows, ranks), np.float32), self._samples.empty(rows)
+            return run_sampler.lower(*inputs, tree=tree, config=config, mesh=self._mesh)
+
+        structure = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), ranks
+        return self._samplers.setdefault(structure, Programs(lower, self._observe))
+
+    def _rows(self, count: int) -> int:
+        """Rows of the sampler's program for so many."""
+        return min(1 << max(count - 1, 0).bit_length(), self._config.max_rows)
+
+
+def _add_strengths(strengths: np.ndarray, span: Span) -> None:
+    """Add those of a span's adapters, to [..., ranks]."""
+    for share in span.sequence.adapters:
+        strengths[..., share.start : share.stop] += share.strength
 
 
 def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -1,8 +1,10 @@
-"""The second program of a step: a token for each of its rows of logits.
+"""The second program of a step: logits where a token follows, and that token.
 
-It is one of its own, so that masks can be made while the device computes the logits, and so that steps of all sizes share a few of it.
+It is one of its own, so that a long prompt's step has logits for its last token alone, so that masks can be made while the device runs
+the layers, and so that steps of all sizes share a few of it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tars_jax import grammar
 from tars_jax.config import ModelConfig
@@ -18,7 +21,7 @@ from tars_jax.engine.adapters import fill_scales
 from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.scheduler import Span
 from tars_jax.engine.sequence import Sequence
-from tars_jax.model import logits
+from tars_jax.model import Decoder, logits
 from tars_jax.rows import COLUMN, pack_row
 from tars_jax.sample_rows import Extras, no_extras, unpack_rows
 from tars_jax.sampling import MAX_TOP_LOGPROBS, Sampled, log_probabilities, sample
@@ -31,10 +34,33 @@ class SampleBatch(NamedTuple):
     extras: Extras
 
 
-@partial(jax.jit, donate_argnames=("tokens", "mu"))
-def run_sampler(tokens: jax.Array, mu: jax.Array, scores: jax.Array, batch: SampleBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def head(params: Decoder) -> Decoder:
+    """What `logits` needs of the parameters."""
+    return dataclasses.replace(params, layers=(), embed=params.embed if params.lm_head is None else None)
+
+
+@partial(jax.jit, static_argnames=("tree", "config", "mesh"), donate_argnames=("tokens", "mu"))
+def run_sampler(
+    leaves: list[jax.Array],
+    tokens: jax.Array,
+    mu: jax.Array,
+    last: jax.Array,
+    strengths: jax.Array,
+    batch: SampleBatch,
+    *,
+    tree: jax.tree_util.PyTreeDef,
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(tokens, mu, out)``: the token table int32 [S, L] with the rows' new tokens, where mirostat stands in each slot, and what
-    `read_row` reads, int32 [R, 4 + 2 * MAX_TOP_LOGPROBS]."""
+    `read_row` reads, int32 [R, 4 + 2 * MAX_TOP_LOGPROBS].
+
+    leaves: of the `head`; last: states of the last layer, of which the first R are sampled after; strengths: float32 [R, ranks], of
+    their adapters, where one updates the head."""
+    params = fill_scales(jax.tree.unflatten(tree, leaves), strengths)
+    scores = logits(params, config, last[: len(strengths)])
+    if mesh is not None:
+        scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
     rows = unpack_rows(batch.numbers, batch.extras)
     sampled = sample(scores, rows, tokens, mu)
     read = tokens.at[rows.slot, rows.length - 1].get(mode="fill", fill_value=0)

@@ -1,4 +1,4 @@
-"""One step on the device: run the planned tokens, and the logits where a sequence's last token is among them.
+"""One step on the device: run the planned tokens. The logits are the second program's (`sampler`), for there may be few.
 
 The device keeps each row's token history, so a decode's input token never visits the host between two steps.
 """
@@ -103,8 +103,8 @@ def run_step(
     dtype: str,
     mesh: Mesh | None = None,
 ) -> tuple[EngineState, jax.Array, jax.Array]:
-    """``(state, scores, hidden)``: scores are float32 [R, V], the logits of the tokens at ``sample_at`` in their order; hidden is [T, H],
-    the last layer's states.
+    """``(state, last, hidden)``: hidden is [T, H], the last layer's states; last is [max_rows, H], those of the tokens at ``sample_at``
+    in their order, then zeros.
 
     The parameters come as the leaves of ``tree``: flattening 300 of them anew for each step would cost a quarter of a millisecond.
     """
@@ -122,12 +122,11 @@ def run_step(
     draft_cache = state.draft
     if draft is not None and state.draft is not None:  # what the model reads, its draft reads too
         _, draft_cache = forward(draft_params, draft, ragged, state.draft, context=context, dtype=jnp.dtype(dtype))
-    at = parts["sample_at"]
-    params = fill_scales(params, strengths.at[at].get(mode="fill", fill_value=0))
-    scores = logits(params, config, hidden.at[at].get(mode="fill", fill_value=0))
+    last = hidden.at[parts["sample_at"]].get(mode="fill", fill_value=0)
+    last = jnp.pad(last, ((0, max_rows - len(last)), (0, 0)))
     if mesh is not None:
-        scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
-    return EngineState(cache=cache, tokens=tokens, mu=state.mu, draft=draft_cache), scores, hidden
+        last = jax.lax.with_sharding_constraint(last, NamedSharding(mesh, PartitionSpec()))
+    return EngineState(cache=cache, tokens=tokens, mu=state.mu, draft=draft_cache), last, hidden
 
 
 @partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype"), donate_argnames="state")
