@@ -29,7 +29,7 @@ from tests.tiny import CONFIG, tiny_model
 
 SPACES = {  # and steps that are large enough for this model
     "gains": Settings(space="gains", layers="all", population=8, batch=3, slice=4, sigma=0.1, learning_rate=0.1),
-    "steering": Settings(space="steering", layers="last:1", population=8, batch=3, slice=4, sigma=0.1, learning_rate=0.1),
+    "steering": Settings(space="steering", layers="last:1", population=8, batch=3, slice=4, sigma=0.4, learning_rate=0.4),
 }
 
 
