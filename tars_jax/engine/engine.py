@@ -9,20 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from tars_jax import kernels
 from tars_jax.adapters import Adapter, check_fits
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.admission import Admission
 from tars_jax.engine.idle import IdleWork, Work
 from tars_jax.engine.pages import PageAllocator
-from tars_jax.engine.prefixes import PrefixFolder
+from tars_jax.engine.prefixes import PrefixFolder, prefix_key
 from tars_jax.engine.request import FinishReason, Output, Request, new_request_id
 from tars_jax.engine.runner import Runner, Weights
 from tars_jax.engine.sampler import read_mu, read_row
@@ -83,7 +81,7 @@ class Engine:
         folder = Path(self.config.prefix_folder or cache_dir() / "prefixes")
         self._prefixes = PrefixFolder(folder, self.config.prefix_bytes) if self.config.prefix_bytes else None
         if self._prefixes:
-            self._prefixes.restore(self._prefix_key(), self._scheduler, self._runner)
+            self._prefixes.restore(prefix_key(self.model, self._draft, self.config), self._scheduler, self._runner)
         self._thread = threading.Thread(target=self._loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
@@ -244,7 +242,7 @@ class Engine:
         for sequence in list(self._sequences.values()):
             self._end(sequence.request.id)
         if self._prefixes and self._version == 1:  # other weights than the file's are gone with the engine
-            self._prefixes.keep(self._prefix_key(), self._scheduler, self._runner)
+            self._prefixes.keep(prefix_key(self.model, self._draft, self.config), self._scheduler, self._runner)
         self._runner.close()
 
     @property
@@ -369,12 +367,6 @@ class Engine:
         for sequence in self._sequences.values():  # in the order of their arrival
             sequence.restart(unread_lost=True)
             self._scheduler.add(sequence)
-
-    def _prefix_key(self) -> dict[str, object]:
-        """What keys and values depend on beside the tokens."""
-        models = {"model": self.model.digest, "draft": self._draft.digest if self._draft else ""}
-        code = {"version": version("tars-jax"), "kernels": kernels.isa() if kernels.available() else ""}
-        return {**models, **code, "dtype": self.model.dtype, "context": self.config.max_context}
 
     def _reset(self) -> None:
         self._in_flight = None

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -17,12 +18,22 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tars_jax import kernels
+from tars_jax.config import EngineConfig
 from tars_jax.engine.scheduler import Scheduler
+from tars_jax.loaders.loaded import Model
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".prefixes"
 FORMAT = 1
+
+
+def prefix_key(model: Model, draft: Model | None, config: EngineConfig) -> dict[str, object]:
+    """What keys and values depend on beside the tokens."""
+    models = {"model": model.digest, "draft": draft.digest if draft else ""}
+    code = {"version": version("tars-jax"), "kernels": kernels.isa() if kernels.available() else ""}
+    return {**models, **code, "dtype": model.dtype, "context": config.max_context}
 
 
 @dataclasses.dataclass(frozen=True)
