@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = "smollm2:135m"
+MOST_MAPPINGS = 10_000
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +29,17 @@ def compile_cache(pytestconfig: pytest.Config) -> None:
     """Compiled programs are kept between runs, beside pytest's own cache."""
     jax.config.update("jax_compilation_cache_dir", str(pytestconfig.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Compiled programs are let go after a file of tests that leaves many: each takes memory mappings, Linux gives a process 65,530 of
+    them, and XLA's compiler crashes when there are no more."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_text().count("\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
