@@ -361,7 +361,6 @@ def test_what_a_live_search_cannot_do_is_an_error(tars: Any, tmp_path: Path, wor
 def test_a_search_needs_a_place_for_its_result(tars: Any, tmp_path: Path) -> None:
     data = ["--data", str(tmp_path / "data.jsonl")]
     assert "give --out DIR" in str(tars("optimize", "fake", *data).exception)
-    assert "--save belongs to --live" in str(tars("optimize", "fake", *data, "--out", str(tmp_path), "--save", "x").exception)
 
 
 def test_without_a_server_a_live_search_is_an_error(tars: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
