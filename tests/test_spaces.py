@@ -215,14 +215,14 @@ def test_a_saved_run_goes_on_where_it_ended_and_is_rebuilt(evolution: Evolution,
     read_adapter(tmp_path / "adapter.gguf", CONFIG)
 
 
-def test_a_steering_vectors_unit_is_the_streams_root_mean_square() -> None:
+def test_a_steering_vectors_unit_is_a_quarter_of_the_streams_root_mean_square() -> None:
     model = tiny_model()
     idle = [dataclasses.replace(layer, o=0 * layer.o, down=0 * layer.down) for layer in model.params.layers]
     embed = jnp.where(model.params.embed > 0, 2.0, -2.0)
     params = dataclasses.replace(model.params, embed=embed, layers=tuple(idle))
     evolution = Evolution(model, encode_examples(LINES, model), SPACES["steering"], params=params, other=TEXT)
-    np.testing.assert_allclose(evolution.adapter(jnp.full(64, 0.5)).steering[1], 0.5 * 2.0, rtol=1e-6)
-    assert evolution.drift(jnp.full(64, 0.5)) == pytest.approx(0.5)
+    np.testing.assert_allclose(evolution.adapter(jnp.full(64, 0.5)).steering[1], 0.5 * 0.25 * 2.0, rtol=1e-6)
+    assert evolution.drift(jnp.full(64, 0.5)) == pytest.approx(0.5 * 0.25)
 
 
 def test_layer_0_cannot_be_steered() -> None:
