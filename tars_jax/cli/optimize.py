@@ -48,15 +48,17 @@ def optimize(
     save: Annotated[str, typer.Option(metavar="NAME", help="Keep the model and what was found in the store, as NAME.")] = "",
 ) -> None:
     """Make a model better at examples, without gradients: by an adapter, norms, steering vectors, or sampler settings."""
+    search: dict[str, Any] = {
+        **{"space": space, "fitness": fitness, "layers": layers, "population": population, "rank": rank, "sigma": sigma},
+        **{"momentum": momentum, "decay": decay, "max_new_tokens": max_new_tokens, "seed": seed, "strategy": strategy or "eggroll"},
+    }
     if live:
         if out or resume or matrices != "q,k,v,o,gate,up,down" or space == "sampler":
             raise InvalidRequest(
                 "--out, --resume, --matrices and sampler settings belong to a search of its own; --live keeps its result with --save NAME"
             )
-        body = {"space": space, "strategy": strategy or "eggroll", "fitness": fitness, "layers": layers, "population": population}
-        body |= {"batch": batch, "rank": rank, "sigma": sigma, "lr": lr, "momentum": momentum, "decay": decay}
-        body |= {"max_new_tokens": max_new_tokens, "seconds": seconds, "generations": generations, "target": target, "seed": seed}
-        return live_search(model, data, eval_data, body, save)
+        limits = {"seconds": seconds, "generations": generations, "target": target}
+        return live_search(model, data, eval_data, {**search, **limits, "batch": batch, "lr": lr}, save)
     if out is None:
         raise InvalidRequest("give --out DIR, a folder for the result, or --live to search in the running server")
     if not resume and (out / "report.json").exists():
@@ -70,21 +72,7 @@ def optimize(
 
     from tars_jax.evolve.job import Budget
 
-    settings: dict[str, Any] = {
-        "space": space,
-        "strategy": strategy or "eggroll",
-        "fitness": fitness,
-        "layers": layers,
-        "matrices": tuple(matrices.split(",")),
-        "population": population,
-        "rank": rank,
-        "sigma": sigma,
-        "learning_rate": lr,
-        "momentum": momentum,
-        "decay": decay,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
+    settings = {**search, "matrices": tuple(matrices.split(",")), "learning_rate": lr}
     settings |= {"horizon": generations} if generations else {}
     settings |= {} if batch is None else {"batch": batch}
     budget = Budget(seconds, generations, target, evaluate_every)

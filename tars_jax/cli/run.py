@@ -71,15 +71,19 @@ def run(
         if save:
             session.save_as(save, adapter or [], settings.models)
         session.load()
-        if is_chat:
-            from tars_jax.cli.repl import chat
-
-            chat(session)
-        elif text:
-            session.wraps = session.wraps and sys.stdin.isatty()
-            session.ask(text)
+        _talk(session, text, is_chat)
     finally:
         session.backend.close()
+
+
+def _talk(session: Session, text: str, is_chat: bool) -> None:
+    if is_chat:
+        from tars_jax.cli.repl import chat
+
+        chat(session)
+    elif text:
+        session.wraps = session.wraps and sys.stdin.isatty()
+        session.ask(text)
 
 
 def _prompt(words: list[str]) -> tuple[str, bool]:
