@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tars_jax import cache, kernels, ops, quant
 from tars_jax.attention import ragged_attention
-from tars_jax.kernels import library
+from tars_jax.kernels import native
 from tests.test_attention import ragged
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.unavailable_reason()}")
@@ -28,10 +28,10 @@ EPS = 1e-5
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = kernels.isa()
-    if not library.use_isa(request.param):
+    if not native.use_isa(request.param):
         pytest.skip(f"this machine has no {request.param}")
     yield request.param
-    library.use_isa(before)
+    native.use_isa(before)
 
 
 def weight(kind: Any, outputs: int, inputs: int, seed: int = 0) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tars_jax import kernels
-from tars_jax.kernels import build, library
+from tars_jax.kernels import build, native
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.unavailable_reason()}")
 
@@ -28,7 +28,7 @@ def test_a_good_library_is_taken(built: Path) -> None:
 @needs_kernels
 @pytest.mark.parametrize(
     ("field", "value", "why"),
-    [("sources", "0", "other sources"), ("machine", "pdp11", "for pdp11"), ("jaxlib", "99.0.0", "newer"), ("library", "0", "not the file")],
+    [("sources", "0", "other sources"), ("machine", "pdp11", "for pdp11"), ("jaxlib", "99.0.0", "newer"), ("sha256", "0", "not the file")],
 )
 def test_a_foreign_library_is_refused(built: Path, field: str, value: str, why: str) -> None:
     manifest = built / f"{build.LIBRARY}.json"
@@ -53,7 +53,7 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(build, "check", lambda directory: "nothing here")
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CXX", raising=False)
-    reason = library.load.__wrapped__()
+    reason = native.load.__wrapped__()
     assert isinstance(reason, str)
     assert "no C++ compiler" in reason
 

@@ -5,7 +5,7 @@ attention.py do the same, slower.
 """
 
 from tars_jax.kernels.calls import attention, empty, gated, linear_add, norm_linear, output_mlp, rope_write
-from tars_jax.kernels.library import available, isa, unavailable_reason
+from tars_jax.kernels.native import available, isa, unavailable_reason
 from tars_jax.kernels.tiled import DTYPES, Tiled, can_pack, pack_tiles, split_tiles, take_rows, tiles_nbytes, untile
 
 __all__ = [

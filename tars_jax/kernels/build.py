@@ -50,7 +50,7 @@ class Manifest:
     sources: str  # hash of sources and flags
     jaxlib: str  # version whose headers it was compiled with
     machine: str
-    library: str  # hash of the file itself
+    sha256: str  # of the file itself
 
 
 def extra_flags(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -95,7 +95,7 @@ def check(directory: Path) -> str | None:
         contents = hashlib.sha256((directory / LIBRARY).read_bytes()).hexdigest()
     except (OSError, ValueError, TypeError) as error:
         return f"no usable library in {directory}: {error}"
-    if manifest.library != contents:
+    if manifest.sha256 != contents:
         return f"{directory / LIBRARY} is not the file its manifest describes"
     if manifest.machine != platform.machine():
         return f"{directory / LIBRARY} is for {manifest.machine}"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax.config import Activation
-from tars_jax.kernels import library
+from tars_jax.kernels import native
 from tars_jax.kernels.tiled import Tiled
 
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
@@ -29,7 +29,7 @@ class Batch(Protocol):
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """An array with whatever its memory holds; a large one takes up memory only as it is written."""
-    library.get()
+    native.get()
     out: jax.Array = jax.ffi.ffi_call("tars_empty", jax.ShapeDtypeStruct(shape, dtype))()
     return out
 
@@ -91,7 +91,7 @@ def output_mlp(
 
     weights and biases: output projection, gate (left out by models without one), up, down.
     """
-    library.get()
+    native.get()
     operands = [array for w, bias in zip(weights, biases, strict=True) for array in (w.data, _optional(bias))]
     attributes = {
         "formats": np.array([w.format for w in weights], np.int64).reshape(-1),
@@ -122,7 +122,7 @@ def rope_write(
     rotation: cos and sin of `ops.rope_table`, None for none. slots: of `cache.write_slots`; tokens of page 0 are dropped.
     Returns q, k_pages, v_pages.
     """
-    library.get()
+    native.get()
     cos, sin = rotation or (None, None)
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k_pages, v_pages)]
     call = jax.ffi.ffi_call("tars_rope_write", results, input_output_aliases={9: 1, 10: 2}, vmap_method="sequential")
@@ -135,7 +135,7 @@ def attention(
     q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: Batch, *, scale: float, window: int = 0, softcap: float = 0.0
 ) -> jax.Array:
     """`attention.ragged_attention`; with ``softcap`` scores become ``softcap * tanh(score / softcap)`` (Gemma 2)."""
-    library.get()
+    native.get()
     call = jax.ffi.ffi_call("tars_attention", jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
     attributes = {"scale": np.float32(scale), "softcap": np.float32(softcap), "window": np.int64(window)}
     out: jax.Array = call(q, k_pages, v_pages, batch.query_starts, batch.kv_lengths, batch.page_tables, **attributes)
@@ -154,7 +154,7 @@ def _product(
     activation: Activation | None = None,
     gated: bool = False,
 ) -> Sequence[jax.Array]:
-    library.get()
+    native.get()
     operands = [array for w, bias in zip(weights, biases, strict=True) for array in (w.data, _optional(bias))]
     attributes = {
         "formats": np.array([w.format for w in weights], np.int64).reshape(-1),

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.kernels import library
+from tars_jax.kernels import native
 from tars_jax.quant import QArray
 
 LANES, GROUP = 16, 32  # outputs of a tile, inputs of a block
@@ -70,7 +70,7 @@ def pack_tiles(w: QArray | np.ndarray | jax.Array, threads: int | None = None) -
     data: Any = _aligned(tiles * size).reshape(tiles, size)
     pointers = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in arrays]
     fields = (ctypes.c_int64 * 6)(*tiled.format)
-    library.get().tars_pack(fields, *pointers, ctypes.c_void_p(data.ctypes.data), ctypes.c_int64(threads or min(os.cpu_count() or 1, 8)))
+    native.get().tars_pack(fields, *pointers, ctypes.c_void_p(data.ctypes.data), ctypes.c_int64(threads or min(os.cpu_count() or 1, 8)))
     return dataclasses.replace(tiled, data=data)
 
 
@@ -120,7 +120,7 @@ def split_tiles(w: Tiled, shards: int, axis: int) -> Tiled:
 
 def take_rows(w: Tiled, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Rows of a weight [O, K] at ids [T], dequantised: [T, K]. Ids outside are clamped."""
-    library.get()
+    native.get()
     out = jax.ShapeDtypeStruct((*ids.shape, w.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call("tars_take_rows", out, vmap_method="sequential")
     return call(w.data, ids.astype(jnp.int32), formats=np.array(w.format, np.int64)).astype(dtype)
