@@ -5,6 +5,7 @@ Sources: LLaMA arXiv 2302.13971, GQA arXiv 2305.13245, SwiGLU arXiv 2002.05202, 
 """
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tars_jax import ops
+from tars_jax import kernels, ops
 from tars_jax.cache import KVCache, RaggedBatch, write_slots
 from tars_jax.config import ModelConfig
+from tars_jax.quant import LowRank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +160,57 @@ def run_blocks(
     rotation = ops.rope_table(config, batch.positions, context)
     slots = write_slots(batch, cache.page_size)
     kv = cache.k, cache.v
-    for i, layer in enumerate(layers, first):
-        turn = rotation if _rotates(config, i) else None
-        x, kv = _block(layer, config, x, turn, slots, batch, kv, jnp.int32(i * pages), axis)
+    for fused, run in itertools.groupby(enumerate(layers, first), lambda item: axis is None and _fuses(item[1])):
+        if fused:
+            x, kv = _blocks(list(run), config, x, rotation, slots, batch, kv, pages)
+        else:
+            for i, layer in run:
+                turn = rotation if _rotates(config, i) else None
+                x, kv = _block(layer, config, x, turn, slots, batch, kv, jnp.int32(i * pages), axis)
     return x, KVCache(*kv)
+
+
+def _fuses(layer: Layer) -> bool:
+    """Whether the kernels run this layer in one call with its neighbours: they know no low-rank updates, and one norm and bias for all rows."""
+    leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, (kernels.Tiled, LowRank)))
+    return all(isinstance(leaf, kernels.Tiled) or getattr(leaf, "ndim", 0) == 1 for leaf in leaves)
+
+
+def _blocks(
+    layers: Sequence[tuple[int, Layer]],
+    config: ModelConfig,
+    x: jax.Array,
+    rotation: ops.Rotation,
+    slots: ops.Slots,
+    batch: RaggedBatch,
+    kv: ops.Pages,
+    pages: int,
+) -> tuple[jax.Array, ops.Pages]:
+    """What `_block` does to one layer, for neighbouring ones and their numbers in the model: one call of the kernels."""
+    x, k, v = kernels.blocks(
+        [
+            kernels.Block(
+                (layer.attention_norm, layer.q_norm, layer.k_norm, layer.mlp_norm),
+                (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down),
+                (layer.q_bias, layer.k_bias, layer.v_bias, layer.o_bias, layer.gate_bias, layer.up_bias, layer.down_bias),
+            )
+            for _, layer in layers
+        ],
+        x,
+        rotation,
+        slots,
+        batch,
+        *kv,
+        first_pages=[i * pages for i, _ in layers],
+        rotates=[_rotates(config, i) for i, _ in layers],
+        heads=config.num_heads,
+        head_dim=config.head_dim,
+        activation=config.activation,
+        eps=config.norm_eps,
+        scale=config.head_dim**-0.5,
+        window=config.sliding_window,
+    )
+    return x, (k, v)
 
 
 # Jitted although it is only called under jit: layers of one structure are then traced and lowered once.

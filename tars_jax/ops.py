@@ -138,11 +138,6 @@ def output_mlp(
     weights and biases: output projection, gate (None where there is none), up, down. ``axis`` as in `linear_add`.
     """
     output, gate, up, down = weights
-    in_runs = norm.ndim == 2 or any(bias is not None and bias.ndim == 2 for bias in biases)
-    if axis is None and not in_runs and all(w is None or isinstance(w, kernels.Tiled) for w in weights):
-        there = [i for i, w in enumerate(weights) if w is not None]
-        tiled: list[Any] = [weights[i] for i in there]
-        return kernels.output_mlp(heads, residual, norm, config.norm_eps, tiled, [biases[i] for i in there], config.activation)
     x = linear_add(heads, output, biases[0], residual, axis)
     if gate is None:
         (inner,) = norm_linear(x, norm, config.norm_eps, (up,), (biases[2],), config.activation)

@@ -1,6 +1,8 @@
 """The CPU kernels against numpy: exactly the same quantisation, written out; and loosely the float product."""
 
+import dataclasses
 import itertools
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tars_jax import cache, kernels, ops, quant
+from tars_jax import cache, kernels, model, ops, quant
 from tars_jax.attention import ragged_attention
+from tars_jax.config import ModelConfig
 from tars_jax.kernels import native
 from tests.test_attention import ragged
+from tests.tiny import CONFIG
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.unavailable_reason()}")
 
@@ -168,25 +172,42 @@ def test_large_products_are_shared_between_threads() -> None:
         np.testing.assert_allclose(call(jnp.asarray(x), tiled), as_kernel_reads(x, w) @ dense(w).T, atol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("has_gate", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
+def random_layer(config: ModelConfig, kind: Any, seed: int) -> model.Layer:
+    """Tiled matrices, random norms and biases."""
+
+    def draw(path: tuple[Any, ...], leaf: model.ArraySpec) -> Any:
+        numbers = zlib.crc32(model.leaf_name(path).encode()) + seed
+        if len(leaf.shape) == 1:
+            return jnp.asarray(normals(*leaf.shape, seed=numbers))
+        return jax.tree.map(jnp.asarray, kernels.pack_tiles(weight(kind, *leaf.shape, seed=numbers)))
+
+    return jax.tree_util.tree_map_with_path(draw, model.spec(config).layers[0])
+
+
+@pytest.mark.parametrize("rows", [[(4, 1)], [(199, 1), (0, 3), (0, 1), (130, 40)]], ids=["decode", "mixed"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "every feature"])
 @pytest.mark.parametrize("kind", [(4, 32, 1, "float16"), (8, 16, 0, "float32"), "bfloat16"], ids=str)
-def test_output_and_feed_forward_in_one_call_are_the_calls_one_by_one(kind: Any, tokens: int, has_gate: bool, biased: bool) -> None:
-    shapes = [(64, 96), (128, 64), (128, 64), (64, 128)]  # output, gate, up, down
-    weights = [jax.tree.map(jnp.asarray, kernels.pack_tiles(weight(kind, *shape, seed=i))) for i, shape in enumerate(shapes)]
-    biases = [jnp.asarray(normals(shape[0], seed=i)) if biased else None for i, shape in enumerate(shapes)]
-    heads, residual, norm = jnp.asarray(normals(tokens, 96)), jnp.asarray(normals(tokens, 64, seed=2)), jnp.asarray(normals(64, seed=3))
-    output, gate, up, down = weights
-    x = kernels.linear_add(heads, output, biases[0], residual)
-    if has_gate:
-        inner = kernels.gated(x, norm, EPS, gate, up, "silu", *biases[1:3])
-    else:
-        (inner,) = kernels.norm_linear(x, norm, EPS, [up], biases[2:3], activation="silu")
-    expected = kernels.linear_add(inner, down, biases[3], x)
-    chosen = [0, 1, 2, 3] if has_gate else [0, 2, 3]
-    found = kernels.output_mlp(heads, residual, norm, EPS, [weights[i] for i in chosen], [biases[i] for i in chosen], "silu")
-    np.testing.assert_array_equal(found, expected)
+def test_blocks_in_one_call_are_the_calls_one_by_one(kind: Any, plain: bool, rows: list[tuple[int, int]]) -> None:
+    every: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True, "sliding_window": 50, "no_rope_interval": 2}
+    config = dataclasses.replace(CONFIG, num_layers=3, **({} if plain else every | {"gated_mlp": False, "activation": "gelu"}))
+    layers = [random_layer(config, kind, seed) for seed in range(3)]
+    batch = jax.tree.map(jnp.asarray, ragged(rows, 3, 1, 4, np.random.default_rng(0)))
+    x = jnp.asarray(normals(batch.tokens.shape[0], 64))
+    pages = int(batch.page_tables.max()) + 1
+    start = cache.init_cache(config, pages, 4, jnp.dtype("float16"), lambda shape, dtype: jnp.asarray(normals(*shape), dtype))
+
+    def run(layers: list[model.Layer]) -> Any:
+        return model.run_blocks(layers, config, x, batch, start, pages=pages, context=256)
+
+    found = run(layers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_fuses", lambda layer: False)
+        expected = run(layers)
+    used = int(batch.query_starts[-1])
+    np.testing.assert_array_equal(found[0][:used], expected[0][:used])
+    for got, wanted in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        real = [i * pages + page for i in range(3) for page in range(1, pages)]  # padding may be written to page 0
+        np.testing.assert_array_equal(got[np.asarray(real)], wanted[np.asarray(real)])
 
 
 def test_wrong_sizes_are_refused() -> None:

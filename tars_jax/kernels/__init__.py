@@ -4,22 +4,23 @@ They are optional. Where `available` is False (no C++ compiler and no prebuilt l
 attention.py do the same, slower.
 """
 
-from tars_jax.kernels.calls import attention, empty, gated, linear_add, norm_linear, output_mlp, rope_write
+from tars_jax.kernels.calls import Block, attention, blocks, empty, gated, linear_add, norm_linear, rope_write
 from tars_jax.kernels.native import available, isa, unavailable_reason
 from tars_jax.kernels.tiled import DTYPES, Tiled, can_pack, pack_tiles, split_tiles, take_rows, tiles_nbytes, untile
 
 __all__ = [
     "DTYPES",
+    "Block",
     "Tiled",
     "attention",
     "available",
+    "blocks",
     "can_pack",
     "empty",
     "gated",
     "isa",
     "linear_add",
     "norm_linear",
-    "output_mlp",
     "pack_tiles",
     "rope_write",
     "split_tiles",

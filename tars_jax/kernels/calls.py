@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import numpy as np
 
 from tars_jax.config import Activation
 from tars_jax.kernels import native
-from tars_jax.kernels.tiled import Tiled
+from tars_jax.kernels.tiled import Format, Tiled
 
+ABSENT: Format = (0, 0, 0, 0, 0, 0)
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 
@@ -24,6 +25,14 @@ class Batch(Protocol):
     def kv_lengths(self) -> jax.Array: ...
     @property
     def page_tables(self) -> jax.Array: ...
+
+
+class Block(NamedTuple):
+    """A decoder block's arrays; those that a model lacks are None."""
+
+    norms: Sequence[jax.Array | None]  # of the attention, of queries, of keys, of the feed-forward
+    weights: Sequence[Tiled | None]  # q, k, v, o, gate, up, down
+    biases: Sequence[jax.Array | None]  # theirs
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -77,31 +86,56 @@ def gated(
     return out
 
 
-def output_mlp(
-    heads: jax.Array,
-    residual: jax.Array,
-    norm: jax.Array,
-    eps: float,
-    weights: Sequence[Tiled],
-    biases: Sequence[jax.Array | None],
+def blocks(
+    layers: Sequence[Block],
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    slots: tuple[jax.Array, jax.Array],
+    batch: Batch,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    first_pages: Sequence[int],
+    rotates: Sequence[bool],
+    heads: int,
+    head_dim: int,
     activation: Activation,
-) -> jax.Array:
-    """What follows attention in a block, in one call: ``x = linear_add(heads, output, residual)``, then ``x + down(...)`` of `gated`
-    (or of the activated ``up`` alone) on x: [T, H * hd], [T, D] -> [T, D].
+    eps: float,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Neighbouring decoder blocks in one call: for each the norm and projections of `norm_linear`, `rope_write`, `attention`, `linear_add`,
+    `gated` (or the activated ``up`` alone) and `linear_add`, on states [T, D]. Returns the states, k_pages and v_pages.
 
-    weights and biases: output projection, gate (left out by models without one), up, down.
+    first_pages: where each layer's pages begin in the cache; slots and page tables count from there. rotates: whether a layer rotates its
+    heads. The rest as in `rope_write` and `attention`.
     """
     native.get()
-    operands = [array for w, bias in zip(weights, biases, strict=True) for array in (w.data, _optional(bias))]
-    attributes = {
-        "formats": np.array([w.format for w in weights], np.int64).reshape(-1),
-        "eps": np.float32(eps),
-        "activation": np.int64(ACTIVATIONS[activation]),
-    }
-    result = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
-    call = jax.ffi.ffi_call("tars_output_mlp", result, vmap_method="sequential")
-    out: jax.Array = call(heads, residual, _optional(norm), *operands, **attributes)
-    return out
+    arrays, formats = list[jax.Array](), list[Format]()
+    for layer in layers:
+        arrays += map(_optional, layer.norms)
+        for w, bias in zip(layer.weights, layer.biases, strict=True):
+            arrays += [jnp.zeros(0, jnp.uint8) if w is None else w.data, _optional(bias)]
+            formats.append(ABSENT if w is None else w.format)
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, k_pages, v_pages)]
+    call = jax.ffi.ffi_call("tars_blocks", results, input_output_aliases={8: 1, 9: 2}, vmap_method="sequential")
+    cos, sin = rotation or (None, None)
+    rows = batch.query_starts, batch.kv_lengths, batch.page_tables
+    out = call(
+        *(x, _optional(cos), _optional(sin), *slots, *rows, k_pages, v_pages, *arrays),
+        formats=np.array(formats, np.int64).reshape(-1),
+        first_pages=np.array(first_pages, np.int64),
+        rotates=np.array(rotates, np.int64),
+        heads=np.int64(heads),
+        head_dim=np.int64(head_dim),
+        activation=np.int64(ACTIVATIONS[activation]),
+        window=np.int64(window),
+        scale=np.float32(scale),
+        softcap=np.float32(softcap),
+        eps=np.float32(eps),
+    )
+    return out[0], out[1], out[2]
 
 
 def rope_write(

@@ -8,7 +8,7 @@ import jax
 
 from tars_jax.kernels import build
 
-TARGETS = ("tars_empty", "tars_product", "tars_output_mlp", "tars_attention", "tars_rope_write", "tars_take_rows")
+TARGETS = ("tars_empty", "tars_product", "tars_blocks", "tars_attention", "tars_rope_write", "tars_take_rows")
 
 logger = logging.getLogger(__name__)
 

@@ -38,30 +38,38 @@ struct Lanes {  // scratch of one task; matrices are [..][32 lanes]
   float *segment_maximum, *segment_total;  // of this one
 };
 
+// Sums over the dimensions d = rest (mod 16), of kBlock keys with all queries.
+template <int kVectors, int kBlock>
+TARS_INLINE void score_part(const float* queries, const float* keys, int64_t padded, int rest, Floats (&acc)[kBlock][kVectors]) {
+  for (int i = 0; i < kBlock; ++i)
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = splat(0.0f);
+  for (int64_t d = rest; d < padded; d += kLanes) {
+    Floats q[kVectors];
+    for (int v = 0; v < kVectors; ++v) q[v] = load(queries + d * kQueryRows + v * kLanes);
+    TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
+      const Floats k = splat(keys[i * padded + d]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(k, q[v], acc[i][v]);
+    }
+  }
+}
+
 template <int kVectors, int kBlock>
 TARS_INLINE void score_block(const float* queries, const float* keys, int64_t padded, float* scores) {
-  Floats four[kBlock][kVectors][4];
-  TARS_UNROLL for (int f = 0; f < 4; ++f) {
-    Floats acc[kBlock][kVectors][4];
+  Floats four[4][kBlock][kVectors];
+  for (int f = 0; f < 4; ++f) {
+    Floats even[kBlock][kVectors], odd[kBlock][kVectors], part[kBlock][kVectors];
+    score_part(queries, keys, padded, 4 * f, even);
+    score_part(queries, keys, padded, 4 * f + 2, part);
     for (int i = 0; i < kBlock; ++i)
-      for (int v = 0; v < kVectors; ++v)
-        for (int c = 0; c < 4; ++c) acc[i][v][c] = splat(0.0f);
-    for (int64_t d = 4 * f; d < padded; d += kLanes) {
-      TARS_UNROLL for (int c = 0; c < 4; ++c) {
-        Floats q[kVectors];
-        for (int v = 0; v < kVectors; ++v) q[v] = load(queries + (d + c) * kQueryRows + v * kLanes);
-        TARS_UNROLL for (int i = 0; i < kBlock; ++i) {
-          Floats k = splat(keys[i * padded + d + c]);
-          for (int v = 0; v < kVectors; ++v) acc[i][v][c] = fma(k, q[v], acc[i][v][c]);
-        }
-      }
-    }
+      for (int v = 0; v < kVectors; ++v) even[i][v] = even[i][v] + part[i][v];
+    score_part(queries, keys, padded, 4 * f + 1, odd);
+    score_part(queries, keys, padded, 4 * f + 3, part);
     for (int i = 0; i < kBlock; ++i)
-      for (int v = 0; v < kVectors; ++v) four[i][v][f] = (acc[i][v][0] + acc[i][v][2]) + (acc[i][v][1] + acc[i][v][3]);
+      for (int v = 0; v < kVectors; ++v) four[f][i][v] = even[i][v] + (odd[i][v] + part[i][v]);
   }
   for (int i = 0; i < kBlock; ++i)
     for (int v = 0; v < kVectors; ++v)
-      store(scores + i * kQueryRows + v * kLanes, (four[i][v][0] + four[i][v][1]) + (four[i][v][2] + four[i][v][3]));
+      store(scores + i * kQueryRows + v * kLanes, (four[0][i][v] + four[1][i][v]) + (four[2][i][v] + four[3][i][v]));
 }
 
 template <int kVectors, int kBlock>
@@ -128,7 +136,7 @@ static void join_lanes(const AttentionTask& t, const Lanes& s, int vectors) {
 template <int kVectors>
 static void attend_segment(const AttentionTask& t, const Lanes& s, Span span) {
   constexpr int kBlock = kRowBlock * 2 / kVectors > 8 ? 8 : kRowBlock * 2 / kVectors;
-  constexpr int kTokens = kParts == 1 ? 2 : 1;  // scored at once: four accumulators each
+  constexpr int kTokens = kParts == 1 ? 4 : kParts == 2 ? 2 : 1;  // scored at once
   const int64_t padded = padded_dim(t), dim = t.head_dim;
   for (int from = span.begin; from < span.end; from += kChunkTokens) {
     const int tokens = span.end - from < kChunkTokens ? span.end - from : kChunkTokens;

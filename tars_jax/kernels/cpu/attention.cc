@@ -10,22 +10,18 @@ namespace {
 constexpr int64_t kWorthSharing = 150'000;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kTokensPerTask = 16;      // of a rope_write
 
-struct Plan {
-  std::vector<AttentionTask> tasks;
-  std::vector<std::pair<size_t, int64_t>> merges;  // first task of a single query, and its segments
-  int64_t macs = 0;
-  int64_t partials = 0;  // floats
-};
+using Plan = AttentionPlan;
 
 void add_query(Plan& plan, AttentionTask task) {
   const int64_t begin = task.begin, end = task.end, first = begin / kSegment, segments = ceil_div(end, kSegment) - first;
-  plan.merges.emplace_back(plan.tasks.size(), segments);
+  if (segments > 1) plan.merges.emplace_back(plan.tasks.size(), segments);
   for (int64_t i = first; i < first + segments; ++i) {
     task.begin = std::max(i * kSegment, begin);
     task.end = std::min((i + 1) * kSegment, end);
     // An offset for now: the memory is allocated when its size is known. Never null, because null means a block.
     task.partial = reinterpret_cast<float*>((plan.partials + 1) * sizeof(float));
     plan.partials += task.group * partial_floats(task.head_dim);
+    task.whole = segments == 1;
     plan.tasks.push_back(task);
   }
 }
@@ -69,8 +65,8 @@ void clear_padding(const Attention& a) {
 
 }  // namespace
 
-void run_attention(Pool& pool, const Attention& a) {
-  static thread_local Plan plan;
+void plan_attention(const Attention& a, AttentionPlan* out) {
+  Plan& plan = *out;
   plan.tasks.clear();
   plan.merges.clear();
   plan.macs = plan.partials = 0;
@@ -80,37 +76,59 @@ void run_attention(Pool& pool, const Attention& a) {
   char* base = static_cast<char*>(partials.get((plan.partials + 16) * sizeof(float)));
   for (AttentionTask& task : plan.tasks)
     if (task.partial) task.partial = reinterpret_cast<float*>(base + reinterpret_cast<uintptr_t>(task.partial));
-  const Kernels& k = kernels();
-  const Plan& shared = plan;  // the thread's own: helpers must see the caller's
-  const int64_t count = static_cast<int64_t>(plan.tasks.size()), merges = static_cast<int64_t>(plan.merges.size());
-  const int64_t scratch_bytes = attention_scratch(a.base.head_dim) * sizeof(float);
-  Barriers barriers;
-  barriers.add(count);
-  parallel(pool, plan.macs > kWorthSharing ? pool.threads() : 1, count + merges, barriers, [&](int64_t i) {
+}
+
+void add_attention(Stages& stages, const AttentionPlan& plan, const LayerPages& pages) {
+  stages.add(static_cast<int64_t>(plan.tasks.size()), [&plan, &pages](int64_t i) {
     static thread_local Scratch scratch;
-    if (i < count) return k.attend(shared.tasks[i], static_cast<float*>(scratch.get(scratch_bytes)));
-    const auto [first, parts] = shared.merges[i - count];
-    k.merge(shared.tasks[first], parts);
+    const Kernels& k = kernels();
+    AttentionTask task = plan.tasks[i];
+    task.k_pages = pages.k;
+    task.v_pages = pages.v;
+    k.attend(task, static_cast<float*>(scratch.get(attention_scratch(task.head_dim) * sizeof(float))));
+    if (task.whole) k.merge(task, 1);
+  });
+  stages.add(static_cast<int64_t>(plan.merges.size()), [&plan](int64_t i) {
+    const auto [first, segments] = plan.merges[i];
+    kernels().merge(plan.tasks[first], segments);
   });
 }
 
-void run_rope_write(Pool& pool, const RopeWrite& w) {
+void run_attention(Pool& pool, const Attention& a, const LayerPages& pages) {
+  AttentionPlan plan;
+  plan_attention(a, &plan);
+  Stages stages;
+  add_attention(stages, plan, pages);
+  run_stages(pool, plan.macs > kWorthSharing ? pool.threads() : 1, std::move(stages));
+}
+
+namespace {
+
+void write_token(const RopeWrite& w, const LayerPages& pages, int64_t t) {
   const Kernels& k = kernels();
   const int64_t dim = w.q.head_dim, row = cache_bytes(w.cache_type, dim);
-  auto write_token = [&](int64_t t) {
-    for (int64_t h = 0; h < w.q.heads; ++h) k.rotate(w.q, t, h, static_cast<char*>(w.q_out) + (t * w.q.heads + h) * dim * size_of(w.q_type), w.q_type);
-    if (w.slot_pages[t] == 0) return;  // padding; several threads would write the same place
-    for (int64_t h = 0; h < w.k.heads; ++h) {
-      const int64_t at = ((w.slot_pages[t] * w.k.heads + h) * w.page + w.slot_offsets[t]) * row;
-      k.rotate(w.k, t, h, static_cast<char*>(w.k_pages) + at, w.cache_type);
-      k.rotate(w.v, t, h, static_cast<char*>(w.v_pages) + at, w.cache_type);
-    }
-  };
-  const int64_t tasks = ceil_div(w.tokens, kTokensPerTask);
-  parallel(pool, w.tokens > 2 * kTokensPerTask ? pool.threads() : 1, tasks, {}, [&](int64_t task) {
+  for (int64_t h = 0; h < w.q.heads; ++h) k.rotate(w.q, t, h, static_cast<char*>(w.q_out) + (t * w.q.heads + h) * dim * size_of(w.q.type), w.q.type);
+  if (w.slot_pages[t] == 0) return;  // padding; several threads would write the same place
+  for (int64_t h = 0; h < w.k.heads; ++h) {
+    const int64_t at = ((w.slot_pages[t] * w.k.heads + h) * w.page + w.slot_offsets[t]) * row;
+    k.rotate(w.k, t, h, static_cast<char*>(pages.k) + at, w.cache_type);
+    k.rotate(w.v, t, h, static_cast<char*>(pages.v) + at, w.cache_type);
+  }
+}
+
+}  // namespace
+
+void add_rope_write(Stages& stages, const RopeWrite& w, const LayerPages& pages) {
+  stages.add(ceil_div(w.tokens, kTokensPerTask), [&w, &pages](int64_t task) {
     const int64_t end = std::min((task + 1) * kTokensPerTask, w.tokens);
-    for (int64_t t = task * kTokensPerTask; t < end; ++t) write_token(t);
+    for (int64_t t = task * kTokensPerTask; t < end; ++t) write_token(w, pages, t);
   });
+}
+
+void run_rope_write(Pool& pool, const RopeWrite& w, const LayerPages& pages) {
+  Stages stages;
+  add_rope_write(stages, w, pages);
+  run_stages(pool, w.tokens > 2 * kTokensPerTask ? pool.threads() : 1, std::move(stages));
 }
 
 }  // namespace tars

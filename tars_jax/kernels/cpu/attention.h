@@ -1,5 +1,8 @@
 // Ragged paged attention: a batch's rows cut into tasks, and the write of new keys and values into their pages.
 #pragma once
+#include <utility>
+#include <vector>
+
 #include "kernels.h"
 #include "pool.h"
 
@@ -13,18 +16,34 @@ struct Attention {
   const int32_t* page_tables;   // [rows, table_width]
 };
 
+// Where a layer's keys and values are.
+struct LayerPages {
+  void* k;
+  void* v;
+};
+
+// An attention's work, cut into tasks: the same for all layers, but for their pages.
+struct AttentionPlan {
+  std::vector<AttentionTask> tasks;
+  std::vector<std::pair<size_t, int64_t>> merges;  // first task of a single query of several segments, and their number
+  int64_t macs = 0;
+  int64_t partials = 0;  // floats
+};
+
 struct RopeWrite {
   RotateTask q, k, v;
   int64_t tokens, page;
-  void* q_out;
-  DType q_type, cache_type;
-  void* k_pages;
-  void* v_pages;
+  void* q_out;  // may be the input
+  DType cache_type;
   const int32_t* slot_pages;    // [tokens]
   const int32_t* slot_offsets;  // [tokens]
 };
 
-void run_attention(Pool& pool, const Attention& attention);
-void run_rope_write(Pool& pool, const RopeWrite& write);
+void plan_attention(const Attention& attention, AttentionPlan* plan);
+void add_attention(Stages& stages, const AttentionPlan& plan, const LayerPages& pages);
+void add_rope_write(Stages& stages, const RopeWrite& write, const LayerPages& pages);
+
+void run_attention(Pool& pool, const Attention& attention, const LayerPages& pages);
+void run_rope_write(Pool& pool, const RopeWrite& write, const LayerPages& pages);
 
 }  // namespace tars

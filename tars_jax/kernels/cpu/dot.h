@@ -1,6 +1,8 @@
-// One tile of 16 outputs times up to 8 activation rows: the inner loops of every matrix product.
+// One or two tiles of 16 outputs times up to 8 activation rows: the inner loops of every matrix product.
 //
-// No software prefetch: tiles are read in one direction, and any distance tried (1 to 12 KiB) cost a fifth against the processor's own.
+// Two tiles share the reads of the activations: with 512-bit registers these, and not the multiplications, would set the pace.
+// One row reads memory as fast as the processor's own prefetcher lets it, and software prefetch costs it a fifth; several rows compute for
+// longer than that prefetcher looks ahead, and fetch the tiles that come next themselves.
 // A row's result does not depend on how many rows run with it: each row has its own accumulator and the groups come in one order.
 #pragma once
 #include "vec.h"
@@ -62,6 +64,14 @@ constexpr int dot_rows(int) { return kRowBlock; }
 TARS_INLINE Ints add_pairs(Ints acc, Ints) { return acc; }
 #endif
 
+constexpr int kFetchingRows = 4;
+
+template <int kTiles, int kBytes>
+TARS_INLINE void fetch(const uint8_t* const* tiles, int64_t at) {
+  for (int t = 0; t < kTiles; ++t)
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tiles[t] + at + line);
+}
+
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 struct QuantizedBlock {
   static constexpr int kHalves = kGroup / kWeightGroup;
@@ -85,32 +95,39 @@ struct QuantizedBlock {
     return shift(load_ints(codes + 64 * (kNibbleVectors + at.vector)), 4 - at.shift) & splat(((1 << (kBits - 4)) - 1) * 0x10101010);
   }
 
-  template <int kRows>
-  TARS_INLINE void dot_quad(Ints codes, int quad, const ActivationGroup* x, Ints* acc, Ints* pairs) {
+  template <int kTiles, int kRows>
+  TARS_INLINE void dot_quad(const Ints* codes, int quad, const ActivationGroup* x, Ints (*acc)[kRows], Ints (*pairs)[kRows]) {
     TARS_UNROLL for (int r = 0; r < kRows; ++r) {
-      if constexpr (kPairs > 0) pairs[r] = dot4<kBits>(pairs[r], codes, x[r].codes + kQuad * quad);
-      else acc[r] = dot4<kBits>(acc[r], codes, x[r].codes + kQuad * quad);
+      TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
+        if constexpr (kPairs > 0) pairs[t][r] = dot4<kBits>(pairs[t][r], codes[t], x[r].codes + kQuad * quad);
+        else acc[t][r] = dot4<kBits>(acc[t][r], codes[t], x[r].codes + kQuad * quad);
+      }
     }
   }
 
-  template <int kRows>
-  TARS_INLINE void dot_codes(const uint8_t* codes, int half, const ActivationGroup* x, Ints* acc) {
-    Ints pairs[kRows];
-    TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = start(x[r], half), pairs[r] = splat(0);
+  template <int kTiles, int kRows>
+  TARS_INLINE void dot_codes(const uint8_t* const* tiles, int64_t at, int half, const ActivationGroup* x, Ints (*acc)[kRows]) {
+    Ints pairs[kTiles][kRows];
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[t][r] = start(x[r], half), pairs[t][r] = splat(0);
     TARS_UNROLL for (int i = 0; i < kVectors; ++i) {
       const int v = half * kVectors + i;
-      Ints c = load_ints(codes + 64 * v);
+      Ints low[kTiles], high[kTiles];
+      TARS_UNROLL for (int t = 0; t < kTiles; ++t) low[t] = load_ints(tiles[t] + at + 64 * v);
       if constexpr (kBits == 8) {
-        dot_quad<kRows>(c, v, x, acc, pairs);
+        dot_quad<kTiles, kRows>(low, v, x, acc, pairs);
       } else {
         const int low_at = low_quad(kWeightGroup, v), high_at = high_quad(kWeightGroup, v);
-        Ints low = c & splat(0x0f0f0f0f), high = shift_right<4>(c) & splat(0x0f0f0f0f);
-        if constexpr (kBits > 4) low = low | high_bits(codes, low_at), high = high | high_bits(codes, high_at);
-        dot_quad<kRows>(low, low_at, x, acc, pairs);
-        dot_quad<kRows>(high, high_at, x, acc, pairs);
+        TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
+          high[t] = shift_right<4>(low[t]) & splat(0x0f0f0f0f), low[t] = low[t] & splat(0x0f0f0f0f);
+          if constexpr (kBits > 4) low[t] = low[t] | high_bits(tiles[t] + at, low_at), high[t] = high[t] | high_bits(tiles[t] + at, high_at);
+        }
+        dot_quad<kTiles, kRows>(low, low_at, x, acc, pairs);
+        dot_quad<kTiles, kRows>(high, high_at, x, acc, pairs);
         if constexpr (kPairs > 0) {
           if (2 * (i + 1) % kPairs == 0 || i + 1 == kVectors) {
-            TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[r] = add_pairs(acc[r], pairs[r]), pairs[r] = splat(0);
+            TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+              TARS_UNROLL for (int r = 0; r < kRows; ++r) acc[t][r] = add_pairs(acc[t][r], pairs[t][r]), pairs[t][r] = splat(0);
           }
         }
       }
@@ -124,131 +141,163 @@ struct QuantizedBlock {
     return half == 0 ? low : x.sum - low;
   }
 
-  template <int kRows>
-  TARS_INLINE void add_block(const uint8_t* block, const ActivationGroup* x, Floats* total) {
+  template <int kTiles, int kRows>
+  TARS_INLINE void add_block(const uint8_t* const* tiles, int64_t at, const ActivationGroup* x, Floats (*total)[kRows]) {
     TARS_UNROLL for (int half = 0; half < kHalves; ++half) {
-      Ints acc[kRows];
-      dot_codes<kRows>(block, half, x, acc);
-      const uint8_t* scales = block + kCodeBytes + half * kScaleBytes;
-      Floats scale = load_as(kType, scales);
-      TARS_UNROLL for (int r = 0; r < kRows; ++r) total[r] = fma(to_floats(acc[r]) * splat(x[r].scale), scale, total[r]);
-      if constexpr (kAffine) {
-        Floats min = load_as(kType, scales + kHalves * kScaleBytes);
-        TARS_UNROLL for (int r = 0; r < kRows; ++r) total[r] = fma(splat(group_sum(x[r], half)), min, total[r]);
+      Ints acc[kTiles][kRows];
+      dot_codes<kTiles, kRows>(tiles, at, half, x, acc);
+      TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
+        const uint8_t* scales = tiles[t] + at + kCodeBytes + half * kScaleBytes;
+        Floats scale = load_as(kType, scales);
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = fma(to_floats(acc[t][r]) * splat(x[r].scale), scale, total[t][r]);
+        if constexpr (kAffine) {
+          Floats min = load_as(kType, scales + kHalves * kScaleBytes);
+          TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = fma(splat(group_sum(x[r], half)), min, total[t][r]);
+        }
       }
     }
   }
 
-  template <int kRows>
-  static void rows(const uint8_t* tile, int64_t blocks, const ActivationGroup* x, float* out) {
-    Floats total[kRows];
-    for (int r = 0; r < kRows; ++r) total[r] = splat(0.0f);
-    for (int64_t g = 0; g < blocks; ++g, tile += kBytes, x += kPanel) {
-      add_block<kRows>(tile, x, total);
+  template <int kTiles, int kRows>
+  static void rows(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const ActivationGroup* x, float* const* out) {
+    Floats total[kTiles][kRows];
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = splat(0.0f);
+    for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += kPanel) {
+      if constexpr (kRows >= kFetchingRows) fetch<kTiles, kBytes>(tiles, at + ahead);
+      add_block<kTiles, kRows>(tiles, at, x, total);
     }
-    for (int r = 0; r < kRows; ++r) store(out + r * kLanes, total[r]);
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) store(out[t] + r * kLanes, total[t][r]);
   }
 };
 
 template <DType kType>
 struct DenseBlock {
+  static constexpr int kBytes = 2 * kLanes * (kType == DType::kF32 ? 4 : 2);
+
   // Even and odd inputs have their own accumulators: twice the chains for one row.
-  template <int kRows>
-  static void rows(const uint8_t* tile, int64_t blocks, const float* x, float* out) {
-    Floats even[kRows], odd[kRows];
-    for (int r = 0; r < kRows; ++r) even[r] = odd[r] = splat(0.0f);
-    constexpr int kBytes = 2 * kLanes * (kType == DType::kF32 ? 4 : 2);
-    for (int64_t b = 0; b < blocks; ++b, tile += kBytes, x += 2 * kPanel) {
-      Floats w0, w1;
-      if constexpr (kType == DType::kBF16) {
-        Ints pair = load_ints(tile);
-        w0 = as_floats(shift_left<16>(pair));
-        w1 = as_floats(pair & splat(static_cast<int32_t>(0xffff0000)));
-      } else {
-        w0 = load_as(kType, tile);
-        w1 = load_as(kType, tile + kBytes / 2);
+  template <int kTiles, int kRows>
+  static void rows(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const float* x, float* const* out) {
+    Floats even[kTiles][kRows], odd[kTiles][kRows];
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) even[t][r] = odd[t][r] = splat(0.0f);
+    for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += 2 * kPanel) {
+      if constexpr (kRows >= kFetchingRows) fetch<kTiles, kBytes>(tiles, at + ahead);
+      TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
+        const uint8_t* block = tiles[t] + at;
+        Floats w0, w1;
+        if constexpr (kType == DType::kBF16) {
+          Ints pair = load_ints(block);
+          w0 = as_floats(shift_left<16>(pair));
+          w1 = as_floats(pair & splat(static_cast<int32_t>(0xffff0000)));
+        } else {
+          w0 = load_as(kType, block);
+          w1 = load_as(kType, block + kBytes / 2);
+        }
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) even[t][r] = fma(w0, splat(x[r]), even[t][r]);
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) odd[t][r] = fma(w1, splat(x[kPanel + r]), odd[t][r]);
       }
-      TARS_UNROLL for (int r = 0; r < kRows; ++r) even[r] = fma(w0, splat(x[r]), even[r]);
-      TARS_UNROLL for (int r = 0; r < kRows; ++r) odd[r] = fma(w1, splat(x[kPanel + r]), odd[r]);
     }
-    for (int r = 0; r < kRows; ++r) store(out + r * kLanes, even[r] + odd[r]);
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) store(out[t] + r * kLanes, even[t][r] + odd[t][r]);
   }
 };
 
 #if defined(__AVX512F__)
 // Compiled for AVX512-BF16, called only where the processor has it.
-template <int kRows>
-__attribute__((target("avx512bf16"))) static void bf16_rows(const uint8_t* tile, int64_t blocks, const uint32_t* x, float* out) {
-  __m512 total[kRows][2];
-  for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
-  for (int64_t b = 0; b + 2 <= blocks; b += 2, tile += 128, x += 2 * kPanel) {
-    __m512bh w0 = (__m512bh)_mm512_loadu_si512(tile), w1 = (__m512bh)_mm512_loadu_si512(tile + 64);
-    TARS_UNROLL for (int r = 0; r < kRows; ++r) {
-      total[r][0] = _mm512_dpbf16_ps(total[r][0], w0, (__m512bh)_mm512_set1_epi32(x[r]));
-      total[r][1] = _mm512_dpbf16_ps(total[r][1], w1, (__m512bh)_mm512_set1_epi32(x[kPanel + r]));
+struct PairBlock {
+  static constexpr int kBytes = 64;
+
+  template <int kTiles, int kRows>
+  __attribute__((target("avx512bf16"))) static void rows(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const uint32_t* x,
+                                                         float* const* out) {
+    __m512 total[kTiles][kRows][2];
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r][0] = total[t][r][1] = _mm512_setzero_ps();
+    const int64_t end = blocks * kBytes;
+    int64_t at = 0;
+    for (; at + 2 * kBytes <= end; at += 2 * kBytes, x += 2 * kPanel) {
+      if constexpr (kRows >= kFetchingRows) fetch<kTiles, 2 * kBytes>(tiles, at + ahead);
+      __m512bh w[kTiles][2];
+      TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+        TARS_UNROLL for (int i = 0; i < 2; ++i) w[t][i] = (__m512bh)_mm512_loadu_si512(tiles[t] + at + i * kBytes);
+      TARS_UNROLL for (int i = 0; i < 2; ++i)
+        TARS_UNROLL for (int r = 0; r < kRows; ++r) {
+          const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[i * kPanel + r]);
+          TARS_UNROLL for (int t = 0; t < kTiles; ++t) total[t][r][i] = _mm512_dpbf16_ps(total[t][r][i], w[t][i], pair);
+        }
+    }
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
+      if (at < end)
+        TARS_UNROLL for (int r = 0; r < kRows; ++r)
+          total[t][r][0] = _mm512_dpbf16_ps(total[t][r][0], (__m512bh)_mm512_loadu_si512(tiles[t] + at), (__m512bh)_mm512_set1_epi32(x[r]));
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out[t] + r * kLanes, _mm512_add_ps(total[t][r][0], total[t][r][1]));
     }
   }
-  if (blocks % 2)
-    for (int r = 0; r < kRows; ++r)
-      total[r][0] = _mm512_dpbf16_ps(total[r][0], (__m512bh)_mm512_loadu_si512(tile), (__m512bh)_mm512_set1_epi32(x[r]));
-  for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out + r * kLanes, _mm512_add_ps(total[r][0], total[r][1]));
-}
+};
 #endif
 
-// Runs `function` over 0..8 rows of a panel in the row blocks that are compiled: `most` (8, 4 or 2), 4, 2, 1.
-#define TARS_ROW_BLOCKS(function, most)                                                      \
-  int r = 0;                                                                                 \
-  for (; rows - r >= most; r += most) function<most>(tile, blocks, x + r, out + r * kLanes); \
-  if constexpr (most > 4) {                                                                  \
-    if (rows - r >= 4) {                                                                     \
-      function<4>(tile, blocks, x + r, out + r * kLanes);                                    \
-      r += 4;                                                                                \
-    }                                                                                        \
-  }                                                                                          \
-  for (; rows - r >= 2; r += 2) function<2>(tile, blocks, x + r, out + r * kLanes);          \
-  if (r < rows) function<1>(tile, blocks, x + r, out + r * kLanes);
+using Dot = Kernels::Dot;
 
-using DotTile = void (*)(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out);
+// Runs a block's loop over the 0..8 rows of a panel, `kMost` (8, 4 or 2), then 4, 2, 1 at a time.
+template <class Block, int kTiles, int kMost, class X>
+TARS_INLINE void row_by_row(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const X* x, int rows, float* const* out) {
+  const auto run = [&](auto function, int r) {
+    float* at[kTiles];
+    for (int t = 0; t < kTiles; ++t) at[t] = out[t] + r * kLanes;
+    function(tiles, blocks, ahead, x + r, at);
+  };
+  int r = 0;
+  for (; rows - r >= kMost; r += kMost) run(Block::template rows<kTiles, kMost>, r);
+  if constexpr (kMost > 4)
+    for (; rows - r >= 4; r += 4) run(Block::template rows<kTiles, 4>, r);
+  for (; rows - r >= 2; r += 2) run(Block::template rows<kTiles, 2>, r);
+  if (r < rows) run(Block::template rows<kTiles, 1>, r);
+}
+
+template <class Block, int kTiles, int kMost, auto kForm>
+static void dot(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const Panel& panel, int rows, float* const* out) {
+  row_by_row<Block, kTiles, kMost>(tiles, blocks, ahead, panel.*kForm, rows, out);
+}
+
+template <class Block, int kMost, auto kForm>
+constexpr Dot dots() {
+#if defined(__AVX512F__)
+  return {dot<Block, 1, kMost, kForm>, dot<Block, 2, kMost / 2, kForm>};
+#else
+  return {dot<Block, 1, kMost, kForm>, nullptr};
+#endif
+}
 
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
-static void dot_quantized(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
-  using Block = QuantizedBlock<kBits, kWeightGroup, kAffine, kType>;
-  const ActivationGroup* x = panel.groups;
-  TARS_ROW_BLOCKS(Block::template rows, dot_rows(kBits))
+constexpr Dot quantized() {
+  return dots<QuantizedBlock<kBits, kWeightGroup, kAffine, kType>, dot_rows(kBits), &Panel::groups>();
 }
 
 template <DType kType>
-static void dot_dense(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
-  const float* x = panel.floats;
-  TARS_ROW_BLOCKS(DenseBlock<kType>::template rows, kRowBlock)
+constexpr Dot dense() {
+  return dots<DenseBlock<kType>, kRowBlock, &Panel::floats>();
 }
-
-#if defined(__AVX512F__)
-static void dot_bf16(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out) {
-  const uint32_t* x = panel.pairs;
-  TARS_ROW_BLOCKS(bf16_rows, kRowBlock)
-}
-#endif
 
 template <int kBits, int kWeightGroup>
-static DotTile pick_quantized(const Format& w) {
-  if (w.affine)
-    return w.dtype == DType::kF16 ? dot_quantized<kBits, kWeightGroup, true, DType::kF16> : dot_quantized<kBits, kWeightGroup, true, DType::kF32>;
-  return w.dtype == DType::kF16 ? dot_quantized<kBits, kWeightGroup, false, DType::kF16> : dot_quantized<kBits, kWeightGroup, false, DType::kF32>;
+static Dot pick_quantized(const Format& w) {
+  if (w.affine) return w.dtype == DType::kF16 ? quantized<kBits, kWeightGroup, true, DType::kF16>() : quantized<kBits, kWeightGroup, true, DType::kF32>();
+  return w.dtype == DType::kF16 ? quantized<kBits, kWeightGroup, false, DType::kF16>() : quantized<kBits, kWeightGroup, false, DType::kF32>();
 }
 
-static DotTile pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
+static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
   if (w.quantized()) {
     if (w.bits == 4) return w.group == 32 ? pick_quantized<4, 32>(w) : pick_quantized<4, 16>(w);
     if (w.bits == 5) return pick_quantized<5, 32>(w);
-    if (w.bits == 6) return w.dtype == DType::kF16 ? dot_quantized<6, 16, false, DType::kF16> : dot_quantized<6, 16, false, DType::kF32>;
+    if (w.bits == 6) return w.dtype == DType::kF16 ? quantized<6, 16, false, DType::kF16>() : quantized<6, 16, false, DType::kF32>();
     return w.group == 32 ? pick_quantized<8, 32>(w) : pick_quantized<8, 16>(w);
   }
 #if defined(__AVX512F__)
-  if (pairs) return dot_bf16;
+  if (pairs) return dots<PairBlock, kRowBlock, &Panel::pairs>();
 #endif
-  if (w.dtype == DType::kBF16) return dot_dense<DType::kBF16>;
-  return w.dtype == DType::kF16 ? dot_dense<DType::kF16> : dot_dense<DType::kF32>;
+  if (w.dtype == DType::kBF16) return dense<DType::kBF16>();
+  return w.dtype == DType::kF16 ? dense<DType::kF16>() : dense<DType::kF32>();
 }
 
 }  // namespace tars::TARS_ISA

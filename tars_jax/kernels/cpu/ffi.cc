@@ -3,9 +3,8 @@
 
 #include <string>
 
-#include "attention.h"
+#include "blocks.h"
 #include "pack.h"
-#include "product.h"
 
 namespace tars {
 namespace {
@@ -55,6 +54,16 @@ Format format_of(ffi::Span<const int64_t> fields, size_t i) {
   return {f[0], f[1], f[2], static_cast<DType>(f[3]), f[4], f[5]};
 }
 
+// Data and bias of a weight stand at `at` and after it.
+ffi::Error read_operand(ffi::RemainingArgs args, size_t at, const Format& format, Operand* out) {
+  ffi::AnyBuffer data = *args.get<ffi::AnyBuffer>(at), bias = *args.get<ffi::AnyBuffer>(at + 1);
+  if (static_cast<int64_t>(data.size_bytes()) != format.tiles() * format.tile_bytes()) return invalid("packed weight has the wrong size");
+  *out = {format, static_cast<const uint8_t*>(data.untyped_data()), {}};
+  out->finish.bias = optional_floats(bias);
+  out->finish.outputs = format.outputs;
+  return ffi::Error::Success();
+}
+
 // Arguments: x, norm, residual, then (data, bias) of each weight. Results: one per weight, or one if gated.
 ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Span<const int64_t> formats,
                    float eps, int64_t activation, int64_t gated) {
@@ -70,12 +79,9 @@ ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::Re
   p.eps = eps;
   p.gated = gated;
   for (size_t i = 0; i < weights; ++i) {
-    ffi::AnyBuffer data = *args.get<ffi::AnyBuffer>(3 + 2 * i), bias = *args.get<ffi::AnyBuffer>(4 + 2 * i);
-    Operand o{format_of(formats, i), static_cast<const uint8_t*>(data.untyped_data()), {}};
+    Operand o;
+    if (ffi::Error error = read_operand(args, 3 + 2 * i, format_of(formats, i), &o); error.failure()) return error;
     if (o.format.inputs != p.inputs) return invalid("weight and activations differ in inputs");
-    if (static_cast<int64_t>(data.size_bytes()) != o.format.tiles() * o.format.tile_bytes()) return invalid("packed weight has the wrong size");
-    o.finish.bias = optional_floats(bias);
-    o.finish.outputs = o.format.outputs;
     if (!gated || i == 0) {
       ffi::Result<ffi::AnyBuffer> out = *results.get<ffi::AnyBuffer>(i);
       if (!dtype_of(out->element_type(), &o.finish.out_type)) return invalid("results must be float32, float16 or bfloat16");
@@ -91,121 +97,163 @@ ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::Re
     p.operands.push_back(o);
   }
   XlaPool pool(thread_pool);
-  run_products(pool, {p});
+  run_product(pool, std::move(p));
   return ffi::Error::Success();
 }
 
-// Arguments: heads, residual, norm, then (data, bias) of the output projection, the gate (absent if there are three weights), up and down.
-ffi::Error output_mlp(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out, ffi::Span<const int64_t> formats,
-                      float eps, int64_t activation) {
-  const size_t weights = formats.size() / kFormatFields;
-  if (weights < 3 || weights > 4 || args.size() != 3 + 2 * weights) return invalid("wrong number of arrays");
-  ffi::AnyBuffer heads = *args.get<ffi::AnyBuffer>(0), residual = *args.get<ffi::AnyBuffer>(1), norm = *args.get<ffi::AnyBuffer>(2);
-  DType type, residual_type;
-  if (!dtype_of(heads.element_type(), &type) || !dtype_of(residual.element_type(), &residual_type)) return invalid("unsupported dtype in output_mlp");
-  if (out->element_type() != residual.element_type()) return invalid("dtypes differ in output_mlp");
-  std::vector<Operand> w;
-  for (size_t i = 0; i < weights; ++i) {
-    ffi::AnyBuffer data = *args.get<ffi::AnyBuffer>(3 + 2 * i), bias = *args.get<ffi::AnyBuffer>(4 + 2 * i);
-    w.push_back({format_of(formats, i), static_cast<const uint8_t*>(data.untyped_data()), {}});
-    const Format& f = w.back().format;
-    if (static_cast<int64_t>(data.size_bytes()) != f.tiles() * f.tile_bytes()) return invalid("packed weight has the wrong size");
-    w.back().finish.bias = optional_floats(bias);
-    w.back().finish.outputs = f.outputs;
-  }
-  const int64_t rows = heads.dimensions()[0], width = residual.dimensions()[1], inner = w[weights - 2].format.outputs;
-  if (w[0].format.inputs != heads.dimensions()[1] || w[0].format.outputs != width || w[1].format.inputs != width ||
-      w[weights - 2].format.inputs != width || w[1].format.outputs != inner || w[weights - 1].format.inputs != inner ||
-      w[weights - 1].format.outputs != width)
-    return invalid("weight and activations differ in inputs");
-  static thread_local Scratch scratch;
-  const int64_t middle_bytes = ceil_div(rows * width * size_of(residual_type), 64) * 64;
-  char* middle = static_cast<char*>(scratch.get(middle_bytes + rows * inner * size_of(type)));
-  char* hidden = middle + middle_bytes;
-  Product project{heads.untyped_data(), type, rows, w[0].format.inputs, nullptr, 0.0f, {w[0]}, false};
-  Product widen{middle, residual_type, rows, width, optional_floats(norm), eps, {w[1]}, weights == 4};
-  Product narrow{hidden, type, rows, inner, nullptr, 0.0f, {w[weights - 1]}, false};
-  Finish& a = project.operands[0].finish;
-  a.residual = residual.untyped_data(), a.residual_type = residual_type, a.out = middle, a.out_type = residual_type;
-  if (weights == 4) widen.operands.push_back(w[2]);
-  Finish& b = widen.operands[0].finish;
-  b.activation = static_cast<Activation>(activation), b.out = hidden, b.out_type = type;
-  if (weights == 4) b.other_bias = w[2].finish.bias;
-  Finish& c = narrow.operands[0].finish;
-  c.residual = middle, c.residual_type = residual_type, c.out = out->untyped_data(), c.out_type = residual_type;
-  XlaPool pool(thread_pool);
-  run_products(pool, {project, widen, narrow});
-  return ffi::Error::Success();
+using Int32s = ffi::Buffer<ffi::S32>;
+
+// The cache's part of an attention over heads of `head_dim`; false if the types do not fit.
+bool describe_cache(const ffi::AnyBuffer& k_pages, const ffi::AnyBuffer& v_pages, int64_t head_dim, AttentionTask* t) {
+  if (!cache_type_of(k_pages, head_dim, &t->cache_type) || v_pages.element_type() != k_pages.element_type()) return false;
+  t->head_dim = head_dim;
+  t->kv_heads = k_pages.dimensions()[1];
+  t->page = k_pages.dimensions()[2];
+  t->page_shift = t->page & (t->page - 1) ? -1 : __builtin_ctzll(t->page);
+  return true;
 }
 
-ffi::Error attention(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
-                     ffi::Buffer<ffi::S32> query_starts, ffi::Buffer<ffi::S32> kv_lengths, ffi::Buffer<ffi::S32> page_tables,
-                     ffi::Result<ffi::AnyBuffer> out, float scale, float softcap, int64_t window) {
+void describe_batch(int64_t tokens, const Int32s& query_starts, const Int32s& kv_lengths, const Int32s& page_tables, Attention* a) {
+  a->tokens = tokens;
+  a->rows = kv_lengths.dimensions()[0];
+  a->table_width = page_tables.dimensions()[1];
+  a->query_starts = query_starts.typed_data();
+  a->kv_lengths = kv_lengths.typed_data();
+  a->page_tables = page_tables.typed_data();
+}
+
+ffi::Error attention(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, Int32s query_starts,
+                     Int32s kv_lengths, Int32s page_tables, ffi::Result<ffi::AnyBuffer> out, float scale, float softcap, int64_t window) {
   Attention a{};
   AttentionTask& t = a.base;
-  if (!dtype_of(q.element_type(), &t.q_type) || !cache_type_of(k_pages, q.dimensions()[2], &t.cache_type)) return invalid("unsupported dtype or pages in attention");
-  if (v_pages.element_type() != k_pages.element_type() || out->element_type() != q.element_type()) return invalid("dtypes differ in attention");
+  if (!dtype_of(q.element_type(), &t.q_type) || out->element_type() != q.element_type()) return invalid("unsupported dtype in attention");
+  if (!describe_cache(k_pages, v_pages, q.dimensions()[2], &t)) return invalid("unsupported pages in attention");
   t.q = q.untyped_data();
-  t.k_pages = k_pages.untyped_data();
-  t.v_pages = v_pages.untyped_data();
   t.heads = q.dimensions()[1];
-  t.head_dim = q.dimensions()[2];
-  t.kv_heads = k_pages.dimensions()[1];
-  t.page = k_pages.dimensions()[2];
-  t.page_shift = t.page & (t.page - 1) ? -1 : __builtin_ctzll(t.page);
   t.window = window;
   t.scale = scale;
   t.softcap = softcap;
   t.out = out->untyped_data();
-  a.tokens = q.dimensions()[0];
-  a.rows = kv_lengths.dimensions()[0];
-  a.table_width = page_tables.dimensions()[1];
-  a.query_starts = query_starts.typed_data();
-  a.kv_lengths = kv_lengths.typed_data();
-  a.page_tables = page_tables.typed_data();
+  describe_batch(q.dimensions()[0], query_starts, kv_lengths, page_tables, &a);
   XlaPool pool(thread_pool);
-  run_attention(pool, a);
+  run_attention(pool, a, {k_pages.untyped_data(), v_pages.untyped_data()});
   return ffi::Error::Success();
 }
 
-RotateTask heads_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& norm, float eps) {
+RotateTask heads_of(DType type, int64_t heads, int64_t head_dim, float eps) {
   RotateTask t{};
-  dtype_of(x.element_type(), &t.type);
-  t.in = x.untyped_data();
-  t.heads = x.dimensions()[1];
-  t.head_dim = x.dimensions()[2];
-  t.norm = optional_floats(norm);
+  t.type = type;
+  t.heads = heads;
+  t.head_dim = head_dim;
   t.eps = eps;
   return t;
 }
 
+// Of the three kinds of heads all but the arrays and norms; the table is that of all tokens.
+void describe_write(DType type, int64_t tokens, int64_t heads, const AttentionTask& t, float eps, const ffi::AnyBuffer& cos,
+                    const ffi::AnyBuffer& sin, const Int32s& slot_pages, const Int32s& slot_offsets, RopeWrite* w) {
+  w->q = heads_of(type, heads, t.head_dim, eps);
+  w->k = w->v = heads_of(type, t.kv_heads, t.head_dim, eps);
+  w->tokens = tokens;
+  w->page = t.page;
+  w->cache_type = t.cache_type;
+  if (cos.element_count() && tokens) {
+    w->q.half = w->k.half = static_cast<int64_t>(cos.element_count()) / tokens;
+    w->q.cos = w->k.cos = optional_floats(cos);
+    w->q.sin = w->k.sin = optional_floats(sin);
+  }
+  w->slot_pages = slot_pages.typed_data();
+  w->slot_offsets = slot_offsets.typed_data();
+}
+
+constexpr int64_t kMostHeadDim = 1024;  // what `rotate` has room for
+
 // k_pages and v_pages are aliased to the results: XLA copies them beforehand only when someone else still needs them.
 ffi::Error rope_write(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer cos, ffi::AnyBuffer sin,
-                      ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm, ffi::Buffer<ffi::S32> slot_pages, ffi::Buffer<ffi::S32> slot_offsets,
-                      ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, ffi::Result<ffi::AnyBuffer> q_out, ffi::Result<ffi::AnyBuffer> k_out,
+                      ffi::AnyBuffer q_norm, ffi::AnyBuffer k_norm, Int32s slot_pages, Int32s slot_offsets, ffi::AnyBuffer k_pages,
+                      ffi::AnyBuffer v_pages, ffi::Result<ffi::AnyBuffer> q_out, ffi::Result<ffi::AnyBuffer> k_out,
                       ffi::Result<ffi::AnyBuffer> v_out, float eps) {
-  RopeWrite w{};
-  if (!dtype_of(q.element_type(), &w.q_type) || !cache_type_of(k_pages, q.dimensions()[2], &w.cache_type)) return invalid("unsupported dtype or pages in rope_write");
+  DType type;
+  AttentionTask t{};
+  if (!dtype_of(q.element_type(), &type) || !describe_cache(k_pages, v_pages, q.dimensions()[2], &t))
+    return invalid("unsupported dtype or pages in rope_write");
   if (k_out->untyped_data() != k_pages.untyped_data() || v_out->untyped_data() != v_pages.untyped_data()) return invalid("cache is not aliased");
-  if (q.dimensions()[2] > 1024) return invalid("head_dim above 1024");
-  w.q = heads_of(q, q_norm, eps);
-  w.k = heads_of(k, k_norm, eps);
-  w.v = heads_of(v, k_norm, eps);
-  w.v.norm = nullptr;
-  w.tokens = q.dimensions()[0];
-  if (cos.element_count() && w.tokens) {
-    w.q.half = w.k.half = static_cast<int64_t>(cos.element_count()) / w.tokens;
-    w.q.cos = w.k.cos = optional_floats(cos);
-    w.q.sin = w.k.sin = optional_floats(sin);
-  }
-  w.page = k_pages.dimensions()[2];
+  if (t.head_dim > kMostHeadDim) return invalid("head_dim above 1024");
+  RopeWrite w{};
+  describe_write(type, q.dimensions()[0], q.dimensions()[1], t, eps, cos, sin, slot_pages, slot_offsets, &w);
+  w.q.in = q.untyped_data();
+  w.k.in = k.untyped_data();
+  w.v.in = v.untyped_data();
+  w.q.norm = optional_floats(q_norm);
+  w.k.norm = optional_floats(k_norm);
   w.q_out = q_out->untyped_data();
-  w.k_pages = k_out->untyped_data();
-  w.v_pages = v_out->untyped_data();
-  w.slot_pages = slot_pages.typed_data();
-  w.slot_offsets = slot_offsets.typed_data();
   XlaPool pool(thread_pool);
-  run_rope_write(pool, w);
+  run_rope_write(pool, w, {k_out->untyped_data(), v_out->untyped_data()});
+  return ffi::Error::Success();
+}
+
+constexpr size_t kBlockNorms = 4, kBlockWeights = 7, kBlockArrays = kBlockNorms + 2 * kBlockWeights;
+
+// The arrays of a block: norms of the attention, of queries, of keys and of the feed-forward; then data and bias of q, k, v, o, gate, up, down.
+ffi::Error read_block(ffi::RemainingArgs args, size_t at, ffi::Span<const int64_t> formats, size_t first_format, const Blocks& b, Block* w) {
+  Operand* operands[kBlockWeights] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
+  for (size_t i = 0; i < kBlockWeights; ++i) {
+    const Format f = format_of(formats, first_format + i);
+    if (operands[i] == &w->gate && !f.bits) continue;
+    if (ffi::Error error = read_operand(args, at + kBlockNorms + 2 * i, f, operands[i]); error.failure()) return error;
+  }
+  const AttentionTask& a = b.attention.base;
+  const int64_t q = a.heads * a.head_dim, kv = a.kv_heads * a.head_dim, D = b.width, F = w->up.format.outputs;
+  const int64_t shapes[kBlockWeights][2] = {{q, D}, {kv, D}, {kv, D}, {D, q}, {F, D}, {F, D}, {D, F}};
+  for (size_t i = 0; i < kBlockWeights; ++i) {
+    const Operand& o = *operands[i];
+    if (o.data && (o.format.outputs != shapes[i][0] || o.format.inputs != shapes[i][1])) return invalid("a block's weight has the wrong shape");
+  }
+  const float** norms[kBlockNorms] = {&w->attention_norm, &w->q_norm, &w->k_norm, &w->mlp_norm};
+  for (size_t i = 0; i < kBlockNorms; ++i) *norms[i] = optional_floats(*args.get<ffi::AnyBuffer>(at + i));
+  return ffi::Error::Success();
+}
+
+// Arguments after the pages: `read_block`'s of each block. first_pages: where each block's pages begin in the cache.
+ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer cos, ffi::AnyBuffer sin, Int32s slot_pages, Int32s slot_offsets,
+                  Int32s query_starts, Int32s kv_lengths, Int32s page_tables, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
+                  ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
+                  ffi::Span<const int64_t> formats, ffi::Span<const int64_t> first_pages, ffi::Span<const int64_t> rotates, int64_t heads,
+                  int64_t head_dim, int64_t activation, int64_t window, float scale, float softcap, float eps) {
+  const size_t count = first_pages.size();
+  if (args.size() != count * kBlockArrays || formats.size() != count * kBlockWeights * kFormatFields || rotates.size() != count)
+    return invalid("wrong number of arrays");
+  Blocks b{};
+  AttentionTask& t = b.attention.base;
+  if (!dtype_of(x.element_type(), &b.type) || out->element_type() != x.element_type() || !describe_cache(k_pages, v_pages, head_dim, &t))
+    return invalid("unsupported dtype or pages in blocks");
+  if (k_out->untyped_data() != k_pages.untyped_data() || v_out->untyped_data() != v_pages.untyped_data()) return invalid("cache is not aliased");
+  if (head_dim > kMostHeadDim) return invalid("head_dim above 1024");
+  b.x = x.untyped_data();
+  b.out = out->untyped_data();
+  b.rows = x.dimensions()[0];
+  b.width = x.dimensions()[1];
+  b.eps = eps;
+  b.activation = static_cast<Activation>(activation);
+  t.q_type = b.type;
+  t.heads = heads;
+  t.window = window;
+  t.scale = scale;
+  t.softcap = softcap;
+  describe_batch(b.rows, query_starts, kv_lengths, page_tables, &b.attention);
+  describe_write(b.type, b.rows, heads, t, eps, cos, sin, slot_pages, slot_offsets, &b.write);
+  const int64_t page_bytes = t.kv_heads * t.page * cache_bytes(t.cache_type, head_dim), last = k_pages.dimensions()[0];
+  b.blocks.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    Block& w = b.blocks[i];
+    if (ffi::Error error = read_block(args, i * kBlockArrays, formats, i * kBlockWeights, b, &w); error.failure()) return error;
+    const int64_t first = first_pages.begin()[i];
+    if (first < 0 || first >= last) return invalid("a block's pages are outside the cache");
+    w.pages = {static_cast<char*>(k_out->untyped_data()) + first * page_bytes, static_cast<char*>(v_out->untyped_data()) + first * page_bytes};
+    w.rotates = rotates.begin()[i];
+  }
+  XlaPool pool(thread_pool);
+  run_blocks(pool, b);
   return ffi::Error::Success();
 }
 
@@ -239,9 +287,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_product, tars::product,
                               Ffi::Bind().Ctx<ThreadPool>().RemainingArgs().RemainingRets().Attr<Int64s>("formats").Attr<float>("eps")
                                   .Attr<int64_t>("activation").Attr<int64_t>("gated"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_output_mlp, tars::output_mlp,
-                              Ffi::Bind().Ctx<ThreadPool>().RemainingArgs().Ret<AnyBuffer>().Attr<Int64s>("formats").Attr<float>("eps")
-                                  .Attr<int64_t>("activation"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_blocks, tars::blocks,
+                              Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()
+                                  .Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<AnyBuffer>().Arg<AnyBuffer>()
+                                  .RemainingArgs().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<Int64s>("formats")
+                                  .Attr<Int64s>("first_pages").Attr<Int64s>("rotates").Attr<int64_t>("heads").Attr<int64_t>("head_dim")
+                                  .Attr<int64_t>("activation").Attr<int64_t>("window").Attr<float>("scale").Attr<float>("softcap")
+                                  .Attr<float>("eps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_attention, tars::attention,
                               Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()

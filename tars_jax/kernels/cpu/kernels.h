@@ -43,6 +43,7 @@ struct AttentionTask {
   float scale, softcap;
   void* out;       // [T, heads, head_dim] of q_type
   float* partial;  // of a single query, whose task is one segment: per head of the group: maximum, total, head_dim values
+  bool whole;      // that segment is all there is
 };
 
 struct RotateTask {
@@ -58,8 +59,13 @@ struct RotateTask {
 struct Kernels {
   const char* name;
   bool (*native_pairs)();  // whether bfloat16 pairs have an instruction
-  using DotTile = void (*)(const uint8_t* tile, int64_t blocks, const Panel& panel, int rows, float* out);
-  DotTile (*pick_dot)(const Format& w, bool pairs);
+  // The product of a panel's rows and one tile, or two tiles of one format; `out` gets [rows][16] of each. ahead: bytes from each tile to
+  // the one that is wanted next.
+  using DotTiles = void (*)(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const Panel& panel, int rows, float* const* out);
+  struct Dot {
+    DotTiles one, two;  // two: null where it gains nothing
+  };
+  Dot (*pick_dot)(const Format& w, bool pairs);
   void (*read_row)(const void* x, DType type, int64_t inputs, const float* norm, float eps, float* out);
   void (*fill_panel)(const float* x, int64_t inputs, int row, const PanelBuffers& out);
   void (*finish_tile)(const Finish& f, const float* sums, const float* other, int rows, int lanes, int64_t row, int64_t column);

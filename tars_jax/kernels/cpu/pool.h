@@ -4,11 +4,15 @@
 #include <sched.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 namespace tars {
 
@@ -30,27 +34,37 @@ inline void pause_or_yield(int round) {
   }
 }
 
-// Where the stages of a job after the first begin: their tasks start when all before them are done.
-struct Barriers {
-  static constexpr int kMost = 8;
-  int64_t at[kMost];
-  int count = 0;
-  void add(int64_t task) { at[count++] = task; }
+// Work in stages: the tasks of a stage run in any order and on any thread, when all tasks of the stages before it are done.
+class Stages {
+ public:
+  using Task = std::function<void(int64_t)>;
+  void add(int64_t tasks, Task run) {
+    if (tasks > 0) stages_.push_back({total(), total() + tasks, std::move(run)});
+  }
+  int64_t total() const { return stages_.empty() ? 0 : stages_.back().end; }
+
+ private:
+  friend class Job;
+  struct Stage {
+    int64_t begin, end;
+    Task run;
+  };
+  std::vector<Stage> stages_;
 };
 
-// Tasks 0..tasks-1 claimed in order from one counter.
+// Tasks of all stages claimed in order from one counter.
 class Job {
  public:
-  using Run = void (*)(void* context, int64_t task);
-  Job(Run run, void* context, int64_t tasks, const Barriers& barriers) : run_(run), context_(context), tasks_(tasks), barriers_(barriers) {}
+  explicit Job(Stages stages) : stages_(std::move(stages.stages_)), tasks_(stages_.empty() ? 0 : stages_.back().end) {}
 
   // A helper that comes late finds no task and touches nothing of the caller's, which may have returned.
   void work() {
-    for (int stage = 0;;) {
+    for (auto stage = stages_.begin();;) {
       const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks_) return;
-      for (; stage < barriers_.count && task >= barriers_.at[stage]; ++stage) wait_for(barriers_.at[stage]);
-      run_(context_, task);
+      while (task >= stage->end) ++stage;
+      wait_for(stage->begin);
+      stage->run(task - stage->begin);
       finished_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -62,24 +76,17 @@ class Job {
     for (int round = 0; finished_.load(std::memory_order_acquire) < count; ++round) pause_or_yield(round);
   }
 
-  const Run run_;
-  void* const context_;
+  const std::vector<Stages::Stage> stages_;
   const int64_t tasks_;
-  const Barriers barriers_;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int64_t> finished_{0};
 };
 
-// Runs function(task) for every task, on up to `threads` threads of the pool.
-template <class F>
-void parallel(Pool& pool, int threads, int64_t tasks, const Barriers& barriers, F&& function) {
-  if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) function(i);
-    return;
-  }
-  auto run = [](void* context, int64_t task) { (*static_cast<std::remove_reference_t<F>*>(context))(task); };
-  auto job = std::make_shared<Job>(run, &function, tasks, barriers);
+// Runs all stages on up to `threads` threads of the pool, which are woken once.
+inline void run_stages(Pool& pool, int threads, Stages stages) {
+  if (stages.total() == 0) return;
+  threads = static_cast<int>(std::min<int64_t>(threads, stages.total()));
+  auto job = std::make_shared<Job>(std::move(stages));
   for (int i = 1; i < threads; ++i) pool.schedule(job);
   job->work();
   job->wait();

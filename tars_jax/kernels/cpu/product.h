@@ -23,7 +23,35 @@ struct Product {
   bool gated;  // two operands: the second multiplies the first's activated result
 };
 
-// Products one after the other, each on the results of those before it. In one job: threads are woken once.
-void run_products(Pool& pool, const std::vector<Product>& products);
+// One product as stages of a job: the rows as panels, then the tiles in chunks. Lives as long as the job.
+class ProductRunner {
+ public:
+  explicit ProductRunner(Product product);
+  int64_t bytes_of_panels() const { return panel_size_ * panels_; }
+  bool worth_sharing() const;  // whether a thread should be woken for it
+  void add_to(Stages& stages, int threads, char* memory);  // memory: for the panels; the next product may use it too
+
+ private:
+  double seconds() const;  // of one thread, roughly
+  void cut(int threads);
+  PanelBuffers buffers(int64_t panel) const;
+  int rows_in(int64_t panel) const;
+  void prepare(int64_t panel) const;
+  void multiply(int64_t row_block, int64_t chunk) const;
+  void multiply_tiles(int64_t row_block, size_t operand, int64_t tile, int64_t count) const;
+
+  const Product p_;
+  const Kernels& k_;
+  const int64_t panels_;
+  std::vector<Kernels::Dot> dots_;
+  std::vector<int64_t> chunks_;  // where each begins, and where the last ends: tiles
+  bool want_groups_ = false, want_floats_ = false, want_pairs_ = false;
+  bool twins_ = false;  // gate and up are of one format
+  int64_t bytes_ = 0, total_tiles_ = 0;
+  int64_t groups_size_ = 0, floats_size_ = 0, pairs_size_ = 0, panel_size_ = 0;
+  char* memory_ = nullptr;
+};
+
+void run_product(Pool& pool, Product product);
 
 }  // namespace tars
