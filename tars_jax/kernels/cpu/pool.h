@@ -38,8 +38,9 @@ inline void pause_or_yield(int round) {
 class Stages {
  public:
   using Task = std::function<void(int64_t)>;
-  void add(int64_t tasks, Task run) {
-    if (tasks > 0) stages_.push_back({total(), total() + tasks, std::move(run)});
+  // fetch: brings what a task will read into the caches, called when the stage before is not done yet.
+  void add(int64_t tasks, Task run, Task fetch = nullptr) {
+    if (tasks > 0) stages_.push_back({total(), total() + tasks, std::move(run), std::move(fetch)});
   }
   int64_t total() const { return stages_.empty() ? 0 : stages_.back().end; }
 
@@ -47,7 +48,7 @@ class Stages {
   friend class Job;
   struct Stage {
     int64_t begin, end;
-    Task run;
+    Task run, fetch;
   };
   std::vector<Stage> stages_;
 };
@@ -63,6 +64,7 @@ class Job {
       const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks_) return;
       while (task >= stage->end) ++stage;
+      if (stage->fetch && finished_.load(std::memory_order_acquire) < stage->begin) stage->fetch(task - stage->begin);
       wait_for(stage->begin);
       stage->run(task - stage->begin);
       finished_.fetch_add(1, std::memory_order_release);

@@ -45,14 +45,25 @@ void ProductRunner::add_to(Stages& stages, int threads, char* memory) {
   stages.add(ceil_div(panels_, kRowBlockPanels) * chunks, [this](int64_t task) {
     const int64_t chunks = static_cast<int64_t>(chunks_.size()) - 1;
     multiply(task / chunks, task % chunks);
-  });
+  }, panels_ == 1 ? [this](int64_t chunk) { fetch(chunk); } : Stages::Task());
 }
 
-// Runs of tiles, ever shorter, so that all threads end at about the same time.
+// Of few rows memory sets the pace: it had better not pause while a thread waits for the panel.
+void ProductRunner::fetch(int64_t chunk) const {
+  int64_t before = 0;
+  for (const Operand& o : p_.operands) {
+    const int64_t begin = std::max(chunks_[chunk] - before, int64_t{0}), end = std::min(chunks_[chunk + 1] - before, o.format.tiles());
+    const uint8_t* at = o.data + begin * o.format.tile_bytes();
+    for (const uint8_t* stop = o.data + end * o.format.tile_bytes(); at < stop; at += 64) __builtin_prefetch(at);
+    if (!p_.gated) before += o.format.tiles();
+  }
+}
+
+// Runs of tiles, ever shorter, so that all threads end at about the same time; of even length, for two are multiplied at once.
 void ProductRunner::cut(int threads) {
   const int64_t tile_bytes = std::max<int64_t>(bytes_ / std::max<int64_t>(total_tiles_, 1), 1);
-  const int64_t least = std::max<int64_t>(kLeastChunkBytes / tile_bytes, 1), most = std::max(kMostChunkBytes / tile_bytes, least);
-  for (int64_t at = 0; at < total_tiles_; at += std::clamp((total_tiles_ - at) / (2 * threads), least, most)) chunks_.push_back(at);
+  const int64_t least = round_up(std::max<int64_t>(kLeastChunkBytes / tile_bytes, 1), 2), most = std::max(kMostChunkBytes / tile_bytes, least);
+  for (int64_t at = 0; at < total_tiles_; at += round_up(std::clamp((total_tiles_ - at) / (2 * threads), least, most), 2)) chunks_.push_back(at);
   chunks_.push_back(total_tiles_);
 }
 

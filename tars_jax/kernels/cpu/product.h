@@ -37,6 +37,7 @@ class ProductRunner {
   PanelBuffers buffers(int64_t panel) const;
   int rows_in(int64_t panel) const;
   void prepare(int64_t panel) const;
+  void fetch(int64_t chunk) const;
   void multiply(int64_t row_block, int64_t chunk) const;
   void multiply_tiles(int64_t row_block, size_t operand, int64_t tile, int64_t count) const;
 
