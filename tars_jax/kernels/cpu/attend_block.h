@@ -89,29 +89,47 @@ TARS_INLINE void value_block(const float* weights, const float* chunk, int token
     for (int v = 0; v < kVectors; ++v) store(values + i * kQueryRows + v * kLanes, acc[i][v]);
 }
 
+// Which of a segment's tokens 16 lanes see.
+struct Sight {
+  Ints first, last;  // tokens after `first`, up to `last`
+  bool all;          // every one of them
+};
+
+TARS_INLINE Floats masked(const Sight& sight, Floats x, int64_t token) {
+  const Ints at = splat(static_cast<int32_t>(token));
+  return select(less(sight.last, at), splat(kMasked), select(less(sight.first, at), x, splat(kMasked)));
+}
+
+TARS_INLINE Sight sight_of(const AttentionTask& t, Span span, int vector) {
+  const int64_t begin = span.base + span.begin, last_token = span.base + span.end - 1;
+  int32_t position[kLanes];
+  for (int i = 0; i < kLanes; ++i) position[i] = static_cast<int32_t>(t.position + (vector * kLanes + i) / t.group);
+  const Ints last = load_ints(position);
+  const bool all = last_token <= t.position && (!t.window || begin > t.position + t.count - 1 - t.window);
+  return {t.window ? last - splat(static_cast<int32_t>(t.window)) : splat(-1), last, all};
+}
+
 // A segment's scores to weights, in place; its maximum and total.
 static void softmax_lanes(const AttentionTask& t, const Lanes& s, Span span, int vectors) {
-  const int64_t begin = span.base + span.begin, last_token = span.base + span.end - 1;
-  const bool all_seen = last_token <= t.position && (!t.window || begin > t.position + t.count - 1 - t.window);
   for (int v = 0; v < vectors; ++v) {
     float* scores = s.scores + v * kLanes;
-    int32_t lane_position[kLanes];
-    for (int i = 0; i < kLanes; ++i) lane_position[i] = static_cast<int32_t>(t.position + (v * kLanes + i) / t.group);
-    const Ints last = load_ints(lane_position), first = t.window ? last - splat(static_cast<int32_t>(t.window)) : splat(-1);
+    const Sight sight = sight_of(t, span, v);
     Floats top = splat(kMasked);
-    for (int i = span.begin; i < span.end; ++i) {
-      Floats x = softcap(load(scores + i * kQueryRows), t.softcap);
-      const Ints at = splat(static_cast<int32_t>(span.base + i));
-      if (!all_seen) x = select(less(last, at), splat(kMasked), select(less(first, at), x, splat(kMasked)));
-      store(scores + i * kQueryRows, x);
-      top = max(x, top);
+    if (sight.all && t.softcap <= 0) {
+      for (int i = span.begin; i < span.end; ++i) top = max(load(scores + i * kQueryRows), top);
+    } else {
+      for (int i = span.begin; i < span.end; ++i) {
+        const Floats x = masked(sight, softcap(load(scores + i * kQueryRows), t.softcap), span.base + i);
+        store(scores + i * kQueryRows, x);
+        top = max(x, top);
+      }
     }
     Floats sums[kLanes];
     for (int i = 0; i < kLanes; ++i) sums[i] = splat(0.0f);
     for (int i = span.begin; i < span.end; ++i) {
       const Floats x = load(scores + i * kQueryRows);
-      Floats weight = exp(x - top);
-      if (!all_seen) weight = select(less(splat(kMasked), x), weight, select(less(x, splat(0.0f)), splat(0.0f), weight));
+      Floats weight = exp_of_negative(x - top);
+      if (!sight.all) weight = select(less(splat(kMasked), x), weight, select(less(x, splat(0.0f)), splat(0.0f), weight));
       store(scores + i * kQueryRows, weight);
       sums[i % kLanes] = sums[i % kLanes] + weight;
     }
@@ -159,32 +177,38 @@ static void attend_segment(const AttentionTask& t, const Lanes& s, Span span) {
   join_lanes(t, s, kVectors);
 }
 
-static void gather_queries(const AttentionTask& t, const Lanes& s, float* row) {
-  const int64_t dim = t.head_dim, rows = t.count * t.group;
-  std::memset(s.queries, 0, sizeof(float) * padded_dim(t) * kQueryRows);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = ((t.first + r / t.group) * t.heads + t.head + r % t.group) * dim;
-    read_row(static_cast<const char*>(t.q) + at * size_of(t.q_type), t.q_type, dim, nullptr, 0.0f, row);
-    for (int64_t d = 0; d < dim; ++d) s.queries[d * kQueryRows + r] = row[d] * t.scale;
+// Scaled queries [rows][dim] to lanes [dim][rows], by way of `rows`: kLanes vectors.
+static void gather_queries(const AttentionTask& t, const Lanes& s, float* rows) {
+  const int64_t dim = t.head_dim, padded = padded_dim(t), count = t.count * t.group;
+  for (int64_t first = 0; first < kQueryRows; first += kLanes) {
+    for (int64_t r = first; r < first + kLanes; ++r) {
+      float* row = rows + (r - first) * padded;
+      std::memset(row, 0, sizeof(float) * padded);
+      if (r >= count) continue;
+      const char* q = static_cast<const char*>(t.q) + ((t.first + r / t.group) * t.heads + t.head + r % t.group) * dim * size_of(t.q_type);
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const int lanes = static_cast<int>(dim - d < kLanes ? dim - d : kLanes);
+        store(row + d, load_some(t.q_type, q + d * size_of(t.q_type), lanes) * splat(t.scale));
+      }
+    }
+    for (int64_t d = 0; d < padded; d += kLanes) transpose16(rows + d, padded, s.queries + d * kQueryRows + first, kQueryRows);
   }
 }
 
-static void store_head(const AttentionTask& t, int64_t query, int64_t head, const float* values) {
-  char* out = static_cast<char*>(t.out) + ((t.first + query) * t.heads + t.head + head) * t.head_dim * size_of(t.q_type);
-  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
-    const int64_t lanes = t.head_dim - d < kLanes ? t.head_dim - d : kLanes;
-    store_some(t.q_type, out + d * size_of(t.q_type), load(values + d), static_cast<int>(lanes));
-  }
-}
-
-static void scatter_values(const AttentionTask& t, const Lanes& s, float* row) {
-  for (int v = 0; v < kQueryRows; v += kLanes) {
-    const Floats total = max(load(s.total + v), splat(kLeastTotal));
-    for (int64_t d = 0; d < t.head_dim; ++d) store(s.values + d * kQueryRows + v, load(s.values + d * kQueryRows + v) / total);
-  }
-  for (int64_t r = 0; r < t.count * t.group; ++r) {
-    for (int64_t d = 0; d < t.head_dim; ++d) row[d] = s.values[d * kQueryRows + r];
-    store_head(t, r / t.group, r % t.group, row);
+// Values in lanes, divided by their totals, to the heads' results, by way of `rows`.
+static void scatter_values(const AttentionTask& t, const Lanes& s, float* rows) {
+  const int64_t dim = t.head_dim, padded = padded_dim(t), count = t.count * t.group;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const Floats total = max(load(s.total + first), splat(kLeastTotal));
+    for (int64_t d = 0; d < dim; ++d) store(s.values + d * kQueryRows + first, load(s.values + d * kQueryRows + first) / total);
+    for (int64_t d = 0; d < padded; d += kLanes) transpose16(s.values + d * kQueryRows + first, kQueryRows, rows + d, padded);
+    for (int64_t r = first; r < count && r < first + kLanes; ++r) {
+      char* out = static_cast<char*>(t.out) + ((t.first + r / t.group) * t.heads + t.head + r % t.group) * dim * size_of(t.q_type);
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const int lanes = static_cast<int>(dim - d < kLanes ? dim - d : kLanes);
+        store_some(t.q_type, out + d * size_of(t.q_type), load(rows + (r - first) * padded + d), lanes);
+      }
+    }
   }
 }
 

@@ -110,7 +110,7 @@ TARS_INLINE void softmax_few(float* scores, Span span, float cap, float* maximum
   Floats sums = splat(0.0f);
   for (int i = 0; i < span.end; i += kLanes) {
     const Ints at = iota() + splat(i);
-    Floats w = exp(load(scores + i) - peak);
+    Floats w = exp_of_negative(load(scores + i) - peak);
     w = select(less(at, splat(span.begin)), splat(0.0f), select(less(at, splat(span.end)), w, splat(0.0f)));
     store(scores + i, w);
     sums = sums + w;

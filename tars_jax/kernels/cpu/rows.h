@@ -27,6 +27,26 @@ static void read_row(const void* x, DType type, int64_t inputs, const float* nor
   }
 }
 
+struct CodeSums {
+  int32_t low, high;  // of the first and the last 16 codes
+};
+
+// The low bytes of 32 numbers, and their sums.
+TARS_INLINE CodeSums store_codes(int8_t* out, Ints low, Ints high) {
+#if defined(__AVX512VNNI__)
+  const __m256i codes = _mm256_set_m128i(_mm512_cvtepi32_epi8((__m512i)high.part[0]), _mm512_cvtepi32_epi8((__m512i)low.part[0]));
+  _mm256_storeu_si256((__m256i*)out, codes);
+  __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), codes);
+  sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
+  sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
+  return {_mm256_cvtsi256_si32(sums), _mm_cvtsi128_si32(_mm256_extracti128_si256(sums, 1))};
+#else
+  store_bytes(out, low);
+  store_bytes(out + kLanes, high);
+  return {sum(low), sum(high)};
+#endif
+}
+
 // Round to nearest even after scaling so that the largest magnitude becomes 127. A group that holds a NaN or an infinity gets a NaN scale,
 // so its row's outputs are NaN.
 TARS_INLINE void quantize_group(const float* x, ActivationGroup* out) {
@@ -45,13 +65,11 @@ TARS_INLINE void quantize_group(const float* x, ActivationGroup* out) {
   const Floats magic = splat(12582912.0f);
   const Ints magic_bits = splat(0x4b400000);
   Ints low = as_ints(a * splat(inverse) + magic) - magic_bits, high = as_ints(b * splat(inverse) + magic) - magic_bits;
-  store_bytes(out->codes, low);
-  store_bytes(out->codes + kLanes, high);
-  const int32_t low_sum = sum(low), total = low_sum + sum(high);
+  const CodeSums sums = store_codes(out->codes, low, high);
   out->scale = top / 127.0f;
-  out->sum = out->scale * static_cast<float>(total);
-  out->minus8 = -8 * total;
-  out->minus8_low = -8 * low_sum;
+  out->sum = out->scale * static_cast<float>(sums.low + sums.high);
+  out->minus8 = -8 * (sums.low + sums.high);
+  out->minus8_low = -8 * sums.low;
 }
 
 static void fill_panel(const float* x, int64_t inputs, int row, const PanelBuffers& out) {

@@ -44,7 +44,7 @@ struct Join {
 };
 TARS_INLINE Join join(Floats old_maximum, Floats new_maximum) {
   const Floats top = max(new_maximum, old_maximum);
-  return {top, exp(old_maximum - top), exp(new_maximum - top)};
+  return {top, exp_of_negative(old_maximum - top), exp_of_negative(new_maximum - top)};
 }
 TARS_INLINE Floats joined(Floats old_sum, Floats old_weight, Floats new_sum, Floats new_weight) {
   return fma(new_sum, new_weight, old_sum * old_weight);

@@ -201,6 +201,30 @@ TARS_INLINE int32_t sum(Ints a) {
   return total;
 #endif
 }
+// Rows and columns of 16 vectors exchanged.
+TARS_INLINE void transpose16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+  TARS_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * in_stride);
+  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {  // columns 2h and 2h + 1 of each four
+      const __m512d x = _mm512_castps_pd(b[i + h]), y = _mm512_castps_pd(b[i + 2 + h]);
+      a[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), a[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  for (int c = 0; c < 4; ++c) {  // column c of each four, of the rows four by four
+    const __m512 low01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88), high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(out + c * out_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_storeu_ps(out + (4 + c) * out_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_storeu_ps(out + (8 + c) * out_stride, _mm512_shuffle_f32x4(low01, low23, 0xdd));
+    _mm512_storeu_ps(out + (12 + c) * out_stride, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+#endif
+}
 TARS_INLINE float max_of(Floats a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)a.part[0]);
@@ -366,8 +390,8 @@ TARS_INLINE void store_some(DType type, void* p, Floats a, int n) {
   std::memcpy(p, buffer, n * size_of(type));
 }
 
-// e**x to about 2 ulp (Cephes' polynomial); underflows to 0, overflows to infinity, keeps NaN.
-TARS_INLINE Floats exp(Floats x) {
+// e**x to about 2 ulp (Cephes' polynomial) for x of at most 0; underflows to 0, keeps NaN.
+TARS_INLINE Floats exp_of_negative(Floats x) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer in the low bits
   Floats shifted = fma(x, splat(1.44269504f), magic);
   Floats n = shifted - magic;
@@ -380,10 +404,10 @@ TARS_INLINE Floats exp(Floats x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + splat(1.0f);
   Floats power = as_floats(shift_left<23>(as_ints(shifted) + splat(127)));  // 2**n: the magic's own bits leave by the top
-  Floats value = p * power;
-  value = select(less(x, splat(-87.3f)), splat(0.0f), value);
-  return select(less(splat(88.0f), x), splat(__builtin_inff()), value);
+  return select(less(x, splat(-87.3f)), splat(0.0f), p * power);
 }
+// The same for any x; overflows to infinity.
+TARS_INLINE Floats exp(Floats x) { return select(less(splat(88.0f), x), splat(__builtin_inff()), exp_of_negative(x)); }
 TARS_INLINE Floats tanh(Floats x) { return splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f)); }
 
 }  // namespace tars::TARS_ISA
