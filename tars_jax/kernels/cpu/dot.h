@@ -309,7 +309,7 @@ static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
     return w.group == 32 ? pick_quantized<8, 32>(w) : pick_quantized<8, 16>(w);
   }
 #if defined(__AVX512F__)
-  if (pairs) return dots<PairBlock, kRowBlock, &Panel::pairs>();
+  if (pairs) return {dot<PairBlock, 1, kRowBlock, &Panel::pairs>, nullptr};  // one multiplication a cycle: there is time for the reads
 #endif
   if (w.dtype == DType::kBF16) return dense<DType::kBF16>();
   return w.dtype == DType::kF16 ? dense<DType::kF16>() : dense<DType::kF32>();
