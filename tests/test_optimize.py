@@ -350,12 +350,28 @@ def test_ctrl_c_stops_the_job_and_keeps_what_was_accepted(
     ("words", "message"),
     [
         (["--generations", "0"], "generations must be at least 1"),
-        (["--out", "x"], "--live keeps its result with --save"),
         (["--fitness", "os:system"], "fitness must be"),
+        (["--space", "sampler"], "--live searches weights"),
     ],
 )
 def test_what_a_live_search_cannot_do_is_an_error(tars: Any, tmp_path: Path, words: list[str], message: str) -> None:
     assert message in str(tars(*live_words(tmp_path, *words)).exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "2", "--evaluate-every", "2"], "--samples, --evaluate-every: only for a search of its own"),
+        (["--out", "x", "--resume"], "--out, --resume: only for a search of its own; --live keeps its result with --save"),
+        (["--matrices", "q"], "--matrices: only for a search of its own"),
+        (["--space", "gains", "--rank", "4"], "--rank: only for --space low-rank"),
+        (["--strategy", "genetic"], "--lr: only for --strategy eggroll"),
+    ],
+)
+def test_an_option_that_a_live_search_would_pass_over_is_an_error(tars: Any, tmp_path: Path, words: list[str], message: str) -> None:
+    error = tars(*live_words(tmp_path, *words)).exception
+    assert message in str(error)
+    assert getattr(error, "exit_code", None) == 2
 
 
 def test_a_search_needs_a_place_for_its_result(tars: Any, tmp_path: Path) -> None:
