@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -482,6 +483,47 @@ def test_a_request_cannot_name_code(spec: str) -> None:
 def test_a_fitness_that_is_none_is_refused(spec: str) -> None:
     with pytest.raises(InvalidRequest, match="fitness"):
         parse_fitness(spec, trusted=True)
+
+
+SCORERS = """
+def ratio(answer, prompt, completion): return len(answer) / len(completion)
+def raising(answer, prompt, completion): return 1 / 0
+def text(answer, prompt, completion): return "good"
+def nothing(answer, prompt, completion): return float("nan")
+"""
+
+
+@pytest.fixture
+def scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives a function of a module in the working folder, as a scorer."""
+    (tmp_path / "my_scorers.py").write_text(SCORERS)
+    (tmp_path / "my_broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield lambda name, module="my_scorers": parse_fitness(f"{module}:{name}", trusted=True).scorer
+    sys.modules.pop("my_scorers", None)
+
+
+def test_a_function_in_the_working_folder_scores(scorers: Any) -> None:
+    assert scorers("ratio")("abc", "", "abcdef") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raising", "my_scorers:raising raised ZeroDivisionError: division by zero, for the answer 'abc'"),
+        ("text", "my_scorers:text must give a finite number, got 'good' for the answer 'abc'"),
+        ("nothing", "must give a finite number, got nan"),
+    ],
+)
+def test_a_function_that_gives_no_score_is_an_error_with_its_answer(scorers: Any, name: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        scorers(name)("abc", "", "x")
+
+
+def test_a_module_that_cannot_be_imported_is_an_error(scorers: Any) -> None:
+    with pytest.raises(InvalidRequest, match="cannot import f from my_broken: division by zero"):
+        scorers("f", "my_broken")
 
 
 def test_json_fitness() -> None:
