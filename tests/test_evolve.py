@@ -25,6 +25,7 @@ from tars_jax.evolve.fitness import parse_fitness
 from tars_jax.evolve.low_rank import matrix_names
 from tars_jax.evolve.report import as_html, as_json
 from tars_jax.evolve.scoring import score, trunk
+from tars_jax.evolve.searched import DIRECTIONS, combined, searched
 from tars_jax.evolve.sentiment import HELD_OUT_ADJECTIVES, HELD_OUT_NOUNS, TRAIN_ADJECTIVES, TRAIN_NOUNS, sentiment_task
 from tars_jax.evolve.settings import Settings
 from tars_jax.evolve.space import choose_layers
@@ -227,10 +228,23 @@ def test_random_search_keeps_the_best_and_climbs_less() -> None:
 
 @pytest.mark.parametrize("name", ["genetic", "hybrid"])
 def test_the_optimizers_of_the_library_are_strategies(name: Any) -> None:
-    from tars_jax.evolve.searched import searched
-
     strategy = searched(Settings(strategy=name, population=16, sigma=0.3, horizon=40))
     assert sphere(strategy, 40) < 0.6
+
+
+def test_directions_are_signs_of_which_amounts_give_the_deviation() -> None:
+    size, many = 5001, searched(Settings(strategy="genetic", population=8, sigma=0.5))
+    state = many.init(jax.random.key(3), jnp.full(size, 2.0))
+    n = state.asked.shape[1]
+    assert n == DIRECTIONS
+    directions = np.asarray(combined(state.key, jnp.zeros(size), n**0.5 * jnp.eye(n)[:40]))  # one each, more than a draw's bits give
+    np.testing.assert_allclose(np.abs(directions), 1, rtol=1e-5)
+    overlaps = directions @ directions.T / size
+    assert np.abs(overlaps - np.eye(40)).max() < 5 / size**0.5
+    members = many.members(state, 0, 8)
+    found, asked = np.std(members - 2, axis=1), np.sqrt(np.mean(np.square(state.asked), axis=1))
+    np.testing.assert_allclose(found, asked, rtol=0.1)
+    np.testing.assert_allclose(many.members(state, 4, 2), members[4:6], rtol=1e-5)
 
 
 def test_members_come_in_antithetic_pairs() -> None:
@@ -295,6 +309,18 @@ def test_a_search_gets_better_on_what_it_is_searched_with() -> None:
     for _ in range(12):
         state, _ = evolution.generation(state)
     assert evolution.evaluate(evolution.centre(state), held).loss < before.loss - 1
+
+
+@pytest.mark.parametrize("name", ["genetic", "annealing", "montecarlo"])  # of which "hybrid" is made
+def test_the_optimizers_of_the_library_search_low_rank_updates(name: Any) -> None:
+    model = tiny_model()
+    chosen = dataclasses.replace(SETTINGS, strategy=name, horizon=8, sigma=0.1)
+    evolution = Evolution(model, encode_examples(LINES, model), chosen, other=TEXT)
+    held, state = evolution.hold_out(evolution.examples), evolution.init()
+    before = evolution.evaluate(evolution.start(), held)
+    for _ in range(8):
+        state, _ = evolution.generation(state)
+    assert evolution.evaluate(evolution.centre(state), held).loss < before.loss
 
 
 def test_replay_makes_the_same_state(evolution: Evolution) -> None:
