@@ -23,7 +23,7 @@ from tars_jax.evolve.evaluation import Evaluation, refusal, wilson
 from tars_jax.evolve.evolution import Evolution, State
 from tars_jax.evolve.fitness import parse_fitness
 from tars_jax.evolve.low_rank import matrix_names
-from tars_jax.evolve.report import as_html, as_json
+from tars_jax.evolve.report import as_html, as_json, verdict
 from tars_jax.evolve.scoring import score, trunk
 from tars_jax.evolve.searched import DIRECTIONS, combined, searched
 from tars_jax.evolve.sentiment import HELD_OUT_ADJECTIVES, HELD_OUT_NOUNS, TRAIN_ADJECTIVES, TRAIN_NOUNS, sentiment_task
@@ -418,6 +418,14 @@ def test_a_scorer_judges_answers() -> None:
     assert 0 <= metrics.mean <= metrics.best <= 1
     found = evolution.evaluate(evolution.centre(state), evolution.hold_out(evolution.examples))
     assert found.score == found.fitness
+
+
+def test_a_fitness_that_tells_no_members_apart_is_named(evolution: Evolution) -> None:
+    outcome = outcome_of(evolution, 2)
+    same = [dataclasses.replace(p, metrics=dataclasses.replace(p.metrics, best=0.0, mean=0.0)) for p in outcome.points]
+    for points, named in ((outcome.points, False), (tuple(same), True)):
+        found = verdict(dataclasses.replace(outcome, points=points, after=None, best=None, refused="it is not better"))
+        assert ("all members scored the same" in found, "it is not better" in found) == (named, not named)
 
 
 # The command.
