@@ -67,17 +67,11 @@ def test_a_faulty_line_is_named(text: str, message: str) -> None:
 
 
 def test_parameters_have_the_types_of_options() -> None:
-    lines = [
-        ("temperature", "1"),
-        ("top_k", "12"),
-        ("ignore_eos", "True"),
-        ("stop", "1"),
-        ("stop", "b"),
-        ("num_ctx", "4096"),
-        ("num_gpu", "3"),
-    ]
-    expected = {"temperature": 1.0, "top_k": 12, "ignore_eos": True, "stop": ["1", "b"], "num_gpu": 3}
-    assert read_parameters(lines) == expected
+    numbers = [("temperature", "1"), ("top_k", "12"), ("num_ctx", "4096"), ("num_gpu", "3")]
+    found = read_parameters([*numbers, ("ignore_eos", "True"), ("stop", "1"), ("stop", "b")])
+    expected = {"temperature": 1.0, "top_k": 12, "num_ctx": 4096, "num_gpu": 3, "ignore_eos": True, "stop": ["1", "b"]}
+    assert found == expected
+    assert {name: type(value) for name, value in found.items()} == {name: type(value) for name, value in expected.items()}
 
 
 @pytest.mark.parametrize(
