@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -165,11 +166,17 @@ def _compile(compiler: list[str], scratch: Path) -> None:
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    except OSError as error:
         raise BuildError(f"{command[0]} failed: {error}") from error
-    if done.returncode:
-        raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+    try:
+        _, errors = process.communicate(timeout=COMPILE_TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)  # with the compiler proper, which the command has started
+        process.communicate()
+        raise BuildError(f"{command[0]} failed: {error}") from error
+    if process.returncode:
+        raise BuildError(f"{shlex.join(command)} failed:\n{errors[-2000:]}")
 
 
 def _compiler_version(compiler: list[str]) -> str:

@@ -20,10 +20,10 @@
 #define TARS_VECTOR_BYTES 16
 #endif
 #define TARS_INLINE static inline __attribute__((always_inline))
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
 #define TARS_UNROLL _Pragma("GCC unroll 8")
 #else
-#define TARS_UNROLL  // nothing here lives in registers anyway; the compiler takes minutes over the unrolled form
+#define TARS_UNROLL  // nothing lives in registers there anyway; the compiler takes many minutes over the unrolled form
 #endif
 #define TARS_EACH_PART(i) _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
 
