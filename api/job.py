@@ -118,6 +118,8 @@ def check(request: OptimizeRequest) -> "tuple[Settings, Limits]":
         raise InvalidRequest('data is required: a list of {"prompt": ..., "completion": ...}')
     if request.accept not in ("auto", "never"):
         raise InvalidRequest(f'accept must be "auto" or "never", got {request.accept!r}')
+    if request.space == "sampler":
+        raise InvalidRequest("sampler settings are not searched beside serving; `tars optimize --space sampler` does it")
     for name, value, most in (
         ("data", len(request.data), MOST_EXAMPLES),
         ("eval", len(request.eval), MOST_HELD_OUT),

@@ -1,9 +1,10 @@
 """``options`` of a request: request over model PARAMETER over default, each value checked against one table."""
 
 import dataclasses
+import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from api.schema import BadOption
@@ -135,6 +136,36 @@ def _known(options: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None:
             values[name] = _checked(name, kind, value)
     return values
+
+
+def read_parameters(lines: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """The values of a Modelfile's PARAMETER lines, name and text each; those of a list are gathered.
+
+    Raises InvalidRequest for names that are unknown and values of the wrong type.
+    """
+    params: dict[str, Any] = {}
+    for name, text in lines:
+        kind = _OPTIONS[name][0] if name in _OPTIONS else _OTHERS.get(name)
+        if kind == "array":
+            params.setdefault(name, []).append(text)
+        elif kind or name in _IGNORED:
+            params[name] = _plain(name, kind, text)
+        else:
+            raise InvalidRequest(f"unknown parameter {name!r}")
+    return params
+
+
+def _plain(name: str, kind: str | None, text: str) -> Any:
+    """A number or a boolean as JSON has it; ``kind``: None for what has no effect here, which is kept as it is."""
+    try:
+        value = json.loads(text.lower())
+    except ValueError:
+        value = None
+    if kind is None:
+        return text if value is None else value
+    if (found := _READERS[kind][1](value)) is None or found != value:
+        raise InvalidRequest(f"parameter {name!r} must be of type {kind}, got {text!r}")
+    return found
 
 
 def _checked(name: str, kind: str, value: Any) -> Any:

@@ -17,6 +17,12 @@ class InvalidRequest(TarsError):
     status = 400
 
 
+class UnusedOption(InvalidRequest):
+    """An option of the command line that what was asked for has no use for."""
+
+    exit_code = 2  # as for an option that there is not
+
+
 class FlatFitness(InvalidRequest):
     """All individuals of an optimizer have the same fitness: there is nothing to follow."""
 

@@ -139,6 +139,7 @@ def test_pull(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         (("ps",), 1, "Error: no TARS server answers at http://127.0.0.1:1; start one with `tars serve`, or set OLLAMA_HOST\n"),
         (("perplexity", "m", "/nowhere"), 1, "Error: cannot read /nowhere: No such file or directory\n"),
         (("run", "m", "--format", "{"), 1, None),
+        (("optimize", "m", "--data", "x", "--live", "--samples", "2"), 2, None),
         (("nonsense",), 2, None),
         (("list", "--nonsense"), 2, None),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from tars_jax.evolve.evaluation import Evaluation, refusal, wilson
 from tars_jax.evolve.evolution import Evolution, State
 from tars_jax.evolve.fitness import parse_fitness
 from tars_jax.evolve.low_rank import matrix_names
-from tars_jax.evolve.report import as_html, as_json
+from tars_jax.evolve.report import as_html, as_json, verdict
 from tars_jax.evolve.scoring import score, trunk
+from tars_jax.evolve.searched import DIRECTIONS, combined, searched
 from tars_jax.evolve.sentiment import HELD_OUT_ADJECTIVES, HELD_OUT_NOUNS, TRAIN_ADJECTIVES, TRAIN_NOUNS, sentiment_task
 from tars_jax.evolve.settings import Settings
 from tars_jax.evolve.space import choose_layers
@@ -226,10 +228,23 @@ def test_random_search_keeps_the_best_and_climbs_less() -> None:
 
 @pytest.mark.parametrize("name", ["genetic", "hybrid"])
 def test_the_optimizers_of_the_library_are_strategies(name: Any) -> None:
-    from tars_jax.evolve.searched import searched
-
     strategy = searched(Settings(strategy=name, population=16, sigma=0.3, horizon=40))
     assert sphere(strategy, 40) < 0.6
+
+
+def test_directions_are_signs_of_which_amounts_give_the_deviation() -> None:
+    size, many = 5001, searched(Settings(strategy="genetic", population=8, sigma=0.5))
+    state = many.init(jax.random.key(3), jnp.full(size, 2.0))
+    n = state.asked.shape[1]
+    assert n == DIRECTIONS
+    directions = np.asarray(combined(state.key, jnp.zeros(size), n**0.5 * jnp.eye(n)[:40]))  # one each, more than a draw's bits give
+    np.testing.assert_allclose(np.abs(directions), 1, rtol=1e-5)
+    overlaps = directions @ directions.T / size
+    assert np.abs(overlaps - np.eye(40)).max() < 5 / size**0.5
+    members = many.members(state, 0, 8)
+    found, asked = np.std(members - 2, axis=1), np.sqrt(np.mean(np.square(state.asked), axis=1))
+    np.testing.assert_allclose(found, asked, rtol=0.1)
+    np.testing.assert_allclose(many.members(state, 4, 2), members[4:6], rtol=1e-5)
 
 
 def test_members_come_in_antithetic_pairs() -> None:
@@ -294,6 +309,18 @@ def test_a_search_gets_better_on_what_it_is_searched_with() -> None:
     for _ in range(12):
         state, _ = evolution.generation(state)
     assert evolution.evaluate(evolution.centre(state), held).loss < before.loss - 1
+
+
+@pytest.mark.parametrize("name", ["genetic", "annealing", "montecarlo"])  # of which "hybrid" is made
+def test_the_optimizers_of_the_library_search_low_rank_updates(name: Any) -> None:
+    model = tiny_model()
+    chosen = dataclasses.replace(SETTINGS, strategy=name, horizon=8, sigma=0.1)
+    evolution = Evolution(model, encode_examples(LINES, model), chosen, other=TEXT)
+    held, state = evolution.hold_out(evolution.examples), evolution.init()
+    before = evolution.evaluate(evolution.start(), held)
+    for _ in range(8):
+        state, _ = evolution.generation(state)
+    assert evolution.evaluate(evolution.centre(state), held).loss < before.loss
 
 
 def test_replay_makes_the_same_state(evolution: Evolution) -> None:
@@ -393,6 +420,14 @@ def test_a_scorer_judges_answers() -> None:
     assert found.score == found.fitness
 
 
+def test_a_fitness_that_tells_no_members_apart_is_named(evolution: Evolution) -> None:
+    outcome = outcome_of(evolution, 2)
+    same = [dataclasses.replace(p, metrics=dataclasses.replace(p.metrics, best=0.0, mean=0.0)) for p in outcome.points]
+    for points, named in ((outcome.points, False), (tuple(same), True)):
+        found = verdict(dataclasses.replace(outcome, points=points, after=None, best=None, refused="it is not better"))
+        assert ("all members scored the same" in found, "it is not better" in found) == (named, not named)
+
+
 # The command.
 
 
@@ -482,6 +517,47 @@ def test_a_request_cannot_name_code(spec: str) -> None:
 def test_a_fitness_that_is_none_is_refused(spec: str) -> None:
     with pytest.raises(InvalidRequest, match="fitness"):
         parse_fitness(spec, trusted=True)
+
+
+SCORERS = """
+def ratio(answer, prompt, completion): return len(answer) / len(completion)
+def raising(answer, prompt, completion): return 1 / 0
+def text(answer, prompt, completion): return "good"
+def nothing(answer, prompt, completion): return float("nan")
+"""
+
+
+@pytest.fixture
+def scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives a function of a module in the working folder, as a scorer."""
+    (tmp_path / "my_scorers.py").write_text(SCORERS)
+    (tmp_path / "my_broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield lambda name, module="my_scorers": parse_fitness(f"{module}:{name}", trusted=True).scorer
+    sys.modules.pop("my_scorers", None)
+
+
+def test_a_function_in_the_working_folder_scores(scorers: Any) -> None:
+    assert scorers("ratio")("abc", "", "abcdef") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raising", "my_scorers:raising raised ZeroDivisionError: division by zero, for the answer 'abc'"),
+        ("text", "my_scorers:text must give a finite number, got 'good' for the answer 'abc'"),
+        ("nothing", "must give a finite number, got nan"),
+    ],
+)
+def test_a_function_that_gives_no_score_is_an_error_with_its_answer(scorers: Any, name: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        scorers(name)("abc", "", "x")
+
+
+def test_a_module_that_cannot_be_imported_is_an_error(scorers: Any) -> None:
+    with pytest.raises(InvalidRequest, match="cannot import f from my_broken: division by zero"):
+        scorers("f", "my_broken")
 
 
 def test_json_fitness() -> None:

@@ -191,7 +191,8 @@ def random_layer(config: ModelConfig, kind: Any, seed: int) -> model.Layer:
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "every feature"])
 @pytest.mark.parametrize("kind", [(4, 32, 1, "float16"), (8, 16, 0, "float32"), "bfloat16"], ids=str)
 def test_blocks_in_one_call_are_the_calls_one_by_one(kind: Any, plain: bool, rows: list[tuple[int, int]]) -> None:
-    every: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True, "sliding_window": 50, "no_rope_interval": 2}
+    biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+    every: dict[str, Any] = biases | {"qk_norm": True, "sliding_window": 50, "no_rope_interval": 2}
     config = dataclasses.replace(CONFIG, num_layers=3, **({} if plain else every | {"gated_mlp": False, "activation": "gelu"}))
     layers = [random_layer(config, kind, seed) for seed in range(3)]
     batch = jax.tree.map(jnp.asarray, ragged(rows, 3, 1, 4, np.random.default_rng(0)))

@@ -125,6 +125,7 @@ def metric(client: httpx.Client, name: str) -> float:
         ({"model": "fake", "data": DATA, "fitness": "regex:(a+)+$"}, 400, "fitness must be"),
         ({"model": "fake", "data": DATA, "strategy": "luck"}, 400, "strategy must be one of eggroll"),
         ({"model": "fake", "data": DATA, "space": "luck"}, 400, "space must be one of low-rank, gains, steering"),
+        ({"model": "fake", "data": DATA, "space": "sampler"}, 400, "sampler settings are not searched beside serving"),
         ({"model": "fake", "data": DATA, "population": 5}, 400, "population must be an even number"),
         ({"model": "fake", "data": DATA, "population": 2048}, 400, "population must be at most 1024"),
         ({"model": "fake", "data": DATA, "rank": 65}, 400, "rank must be at most 64"),
@@ -219,6 +220,24 @@ def test_clients_notice_nothing_but_better_answers(client: httpx.Client) -> None
     back = client.post("/api/versions/rollback", json={"model": "fake", "version": 1}).json()
     assert (back["version"], back["kind"], back["source"]) == (job["version"] + 1, "rollback", 1)
     assert {prompt: say(client, prompt, 8)["response"] for prompt in original} == original
+
+
+@pytest.mark.parametrize(
+    "space", [{"space": "gains", "sigma": 0.1, "lr": 0.1}, {"space": "steering", "layers": "last:1", "sigma": 0.4, "lr": 0.4}], ids=str
+)
+def test_other_spaces_are_served_and_gone_back_from(client: httpx.Client, space: dict[str, Any]) -> None:
+    first = client.post("/api/versions/rollback", json={"model": "fake", "version": 1}).json()["version"]
+    original = [say(client, item["prompt"], 8)["response"] for item in HELD_OUT]
+    body = {"model": "fake", "stream": False, "generations": 60, **SEARCH, **space}
+    job = client.post("/api/optimize", json=body).json()
+    assert (job["status"], job["result"]["accepted"]) == ("success", True), job
+    assert versions(client)["current"] == job["version"] > first
+    served = [say(client, item["prompt"], 8)["response"] for item in HELD_OUT]
+    assert sum(text[0] == "y" for text in served) / len(served) == job["result"]["after"]["score"]
+    back = client.post("/api/versions/rollback", json={"model": "fake"}).json()
+    assert (back["kind"], back["version"]) == ("rollback", job["version"] + 1)
+    client.post("/api/versions/rollback", json={"model": "fake", "version": first})
+    assert [say(client, item["prompt"], 8)["response"] for item in HELD_OUT] == original
 
 
 # Jobs.
@@ -350,12 +369,28 @@ def test_ctrl_c_stops_the_job_and_keeps_what_was_accepted(
     ("words", "message"),
     [
         (["--generations", "0"], "generations must be at least 1"),
-        (["--out", "x"], "--live keeps its result with --save"),
         (["--fitness", "os:system"], "fitness must be"),
+        (["--space", "sampler"], "--live searches weights"),
     ],
 )
 def test_what_a_live_search_cannot_do_is_an_error(tars: Any, tmp_path: Path, words: list[str], message: str) -> None:
     assert message in str(tars(*live_words(tmp_path, *words)).exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "2", "--evaluate-every", "2"], "--samples, --evaluate-every: only for a search of its own"),
+        (["--out", "x", "--resume"], "--out, --resume: only for a search of its own; --live keeps its result with --save"),
+        (["--matrices", "q"], "--matrices: only for a search of its own"),
+        (["--space", "gains", "--rank", "4"], "--rank: only for --space low-rank"),
+        (["--strategy", "genetic"], "--lr: only for --strategy eggroll"),
+    ],
+)
+def test_an_option_that_a_live_search_would_pass_over_is_an_error(tars: Any, tmp_path: Path, words: list[str], message: str) -> None:
+    error = tars(*live_words(tmp_path, *words)).exception
+    assert message in str(error)
+    assert getattr(error, "exit_code", None) == 2
 
 
 def test_a_search_needs_a_place_for_its_result(tars: Any, tmp_path: Path) -> None:

@@ -179,7 +179,12 @@ def test_the_command_writes_its_result_and_resumes(optimize: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--fitness", "label"], "the fitness must be exact"), (["--strategy", "eggroll"], "must be one of")]
+    ("words", "message"),
+    [
+        (["--fitness", "label"], "the fitness must be exact"),
+        (["--strategy", "eggroll"], "must be one of"),
+        (["--sigma", "0.1", "--evaluate-every", "1"], "--sigma, --evaluate-every: only for a search of weights"),
+    ],
 )
 def test_the_command_refuses_what_does_not_suit(optimize: Any, words: list[str], message: str) -> None:
     assert message in str(optimize(*words).exception)

@@ -100,7 +100,7 @@ def test_a_reloaded_file_gives_the_same_bits(evolution: Evolution, tmp_path: Pat
     expected = with_params(evolution, evolution.space.updated(evolution.params, vector)).logits(ids)
     adapter = evolution.adapter(vector)
     write_gguf_adapter(tmp_path / "adapter.gguf", adapter, CONFIG)
-    paths = [tmp_path / "adapter.gguf"]
+    paths = [tmp_path / "adapter.gguf", tmp_path]  # what `tars optimize` writes is such a folder
     if adapter.norms:
         write_peft(tmp_path / "peft", adapter)
         paths.append(tmp_path / "peft")

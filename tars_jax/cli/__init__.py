@@ -25,6 +25,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], bool], ...] = (  # name, function
     ("show", store.show, False),
     ("ps", server.running, False),
     ("stop", server.stop, False),
+    ("create", store.create, False),
     ("cp", store.copy, False),
     ("rm", store.remove, False),
     ("plan", plan.plan, False),

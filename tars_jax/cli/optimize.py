@@ -11,13 +11,14 @@ from tars_jax.cli.live import search as live_search
 from tars_jax.cli.output import note
 from tars_jax.cli.progress import share_bar
 from tars_jax.cli.searching import Task, command
-from tars_jax.errors import InvalidRequest
+from tars_jax.errors import InvalidRequest, UnusedOption
 
 if TYPE_CHECKING:
     from tars_jax.evolve.job import Budget, Outcome
 
 
 def optimize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model, by name or path.")],
     data: Annotated[Path, typer.Option(help='Examples, JSON Lines: {"prompt", "completion"} as they are, or {"messages"} for a chat.')],
     out: Annotated[Path | None, typer.Option(help="Folder for the result: adapter, seed log, report.")] = None,
@@ -48,15 +49,12 @@ def optimize(
     save: Annotated[str, typer.Option(metavar="NAME", help="Keep the model and what was found in the store, as NAME.")] = "",
 ) -> None:
     """Make a model better at examples, without gradients: by an adapter, norms, steering vectors, or sampler settings."""
+    _refuse_unused(context, space, strategy, live=live)
     search: dict[str, Any] = {
         **{"space": space, "fitness": fitness, "layers": layers, "population": population, "rank": rank, "sigma": sigma},
         **{"momentum": momentum, "decay": decay, "max_new_tokens": max_new_tokens, "seed": seed, "strategy": strategy or "eggroll"},
     }
     if live:
-        if out or resume or matrices != "q,k,v,o,gate,up,down" or space == "sampler":
-            raise InvalidRequest(
-                "--out, --resume, --matrices and sampler settings belong to a search of its own; --live keeps its result with --save NAME"
-            )
         limits = {"seconds": seconds, "generations": generations, "target": target}
         return live_search(model, data, eval_data, {**search, **limits, "batch": batch, "lr": lr}, save)
     if out is None:
@@ -77,6 +75,28 @@ def optimize(
     settings |= {} if batch is None else {"batch": batch}
     budget = Budget(seconds, generations, target, evaluate_every)
     _run(task, settings, budget)
+
+
+def _refuse_unused(context: typer.Context, space: str, strategy: str | None, *, live: bool) -> None:
+    """Raise UnusedOption that lists the options which the user gave and this search would pass over."""
+    if live and space == "sampler":
+        raise UnusedOption("--live searches weights; --space sampler is a search of its own, with --out DIR")
+    weights = ("layers", "matrices", "rank", "sigma", "lr", "momentum", "decay", "target", "evaluate_every")
+    rules = (
+        (live, ("out", "resume", "matrices", "samples", "evaluate_every"), "a search of its own; --live keeps its result with --save NAME"),
+        (space == "sampler", weights, "a search of weights"),
+        (space != "sampler", ("samples",), "--space sampler"),
+        (space in ("gains", "steering"), ("matrices", "rank"), "--space low-rank"),
+        (strategy not in (None, "eggroll"), ("lr", "momentum", "decay"), "--strategy eggroll"),
+    )
+    for applies, names, whose in rules:
+        if applies and (given := [f"--{name.replace('_', '-')}" for name in names if _is_given(context, name)]):
+            raise UnusedOption(f"{', '.join(given)}: only for {whose}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _run(task: Task, settings: dict[str, Any], budget: "Budget") -> None:

@@ -37,7 +37,7 @@ def run(
     nowordwrap: Annotated[bool, typer.Option("--nowordwrap", help="Do not wrap lines at words.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show timings.")] = False,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="LoRA, norms or a control vector: PEFT folder or GGUF file; several add up.")
+        list[Path] | None, typer.Option(help="LoRA, norms or a control vector: PEFT folder, GGUF file or result of `tars optimize`.")
     ] = None,
     save: Annotated[str, typer.Option(metavar="NAME", help="Keep the model and its adapters in the store, as NAME.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", hidden=True)] = False,

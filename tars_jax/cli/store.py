@@ -1,5 +1,6 @@
 """Commands on the model store: list, show, cp, rm, pull. They need no server and no JAX."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -86,6 +87,27 @@ def copy(source: str, destination: str) -> None:
 
     copy_model(_store(), source, destination)
     note(f"copied '{source}' to '{destination}'")
+
+
+def create(
+    name: str,
+    file: Annotated[Path, typer.Option("--file", "-f", help="The Modelfile.")] = Path("Modelfile"),
+) -> None:
+    """Make a model of another one, or of a GGUF file, by a Modelfile: FROM, PARAMETER, SYSTEM, TEMPLATE, ADAPTER, MESSAGE, LICENSE."""
+    from api.options import read_parameters
+    from api.prompts import is_go_template
+    from tars_jax.hub.create import create as create_model
+    from tars_jax.store.modelfile import Modelfile
+
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    modelfile = Modelfile.parse(text)
+    made = create_model(_store(), name, modelfile, file.parent, read_parameters(modelfile.parameters))
+    if is_go_template(modelfile.template):
+        note("TEMPLATE is written in Go's language: Ollama reads it, tars goes on with the template of the model's file")
+    note(f"created '{made.name.short()}'")
 
 
 def remove(models: Annotated[list[str], typer.Argument(metavar="MODEL...")]) -> None:

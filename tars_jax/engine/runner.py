@@ -232,8 +232,9 @@ class Runner:
         return self._samplers.setdefault(structure, Programs(lower, self._observe))
 
     def _rows(self, count: int) -> int:
-        """Rows of the sampler's program for so many."""
-        return min(1 << max(count - 1, 0).bit_length(), self._config.max_rows)
+        """Rows of the sampler's program for so many: powers of two but 2 and 8, for a program takes 35 MB."""
+        rows = 1 << max(count - 1, 0).bit_length()
+        return min(2 * rows if rows in (2, 8) else rows, self._config.max_rows)
 
 
 def _add_strengths(strengths: np.ndarray, span: Span) -> None:

@@ -3,9 +3,12 @@
 import dataclasses
 import importlib
 import json
+import math
+import os
 import re
+import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 from tars_jax.errors import InvalidRequest
 
@@ -57,10 +60,24 @@ def _pattern(text: str) -> Scorer:
 
 
 def _function(module: str, name: str) -> Scorer:
+    """A function of a module that is installed or lies in the working folder."""
+    if (here := os.getcwd()) not in sys.path:  # a command that is installed does not look there; last, so that nothing is hidden by it
+        sys.path.append(here)
     try:
         function: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InvalidRequest(f"fitness: cannot import {name} from {module}: {error}") from None
+    except Exception as error:  # whatever the module does when it is imported
+        raise InvalidRequest(f"fitness: cannot import {name} from {module}: {error}") from error
     if not callable(function):
         raise InvalidRequest(f"fitness: {module}:{name} cannot be called")
-    return function
+
+    def score(answer: str, prompt: str, completion: str) -> float:
+        source = f"fitness: {module}:{name}"
+        try:
+            value = function(answer, prompt, completion)
+        except Exception as error:
+            raise InvalidRequest(f"{source} raised {type(error).__name__}: {error}, for the answer {answer!r:.80}") from error
+        if not isinstance(value, SupportsFloat) or not math.isfinite(number := float(value)):
+            raise InvalidRequest(f"{source} must give a finite number, got {value!r:.80} for the answer {answer!r:.80}")
+        return number
+
+    return score

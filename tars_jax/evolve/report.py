@@ -73,11 +73,18 @@ def as_html(evolution: Evolution, outcome: Outcome, command: str) -> str:
     )
 
 
+FLAT = (
+    "all members scored the same, so there was nothing to follow; longer answers (--max-new-tokens) or another fitness may tell them apart"
+)
+
+
 def verdict(outcome: Outcome) -> str:
     """What came of it, in a sentence."""
     spent = f"{outcome.state.generation} generations, {outcome.seconds:.0f} s"
     if outcome.after is None:
-        return f"No update was accepted in {spent}" + (f": {outcome.refused}." if outcome.refused else ".")
+        flat = outcome.points and all(point.metrics.best == point.metrics.mean for point in outcome.points)
+        why = FLAT if flat else outcome.refused
+        return f"No update was accepted in {spent}" + (f": {why}." if why else ".")
     return (
         f"Accepted after generation {outcome.best_generation} of {spent}: held-out score {outcome.before.score:.1%} to "
         f"{outcome.after.score:.1%} on {outcome.after.examples} examples, loss on other text "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ def gguf_manifest(store: Store, digest: str, license: str = "") -> bytes:
         layers.append(store.add_layer("license", license))
     config["rootfs"] = {"type": "layers", "diff_ids": [layer.digest for layer in layers]}
     return store.build_manifest(config, layers)
+
+
+def unwritten_model(name: str, path: Path, store: Store) -> StoredModel:
+    """A GGUF file, whose blob is in the store from now on, as the model ``name`` that has no manifest yet.
+
+    Raises:
+        InvalidRequest: ill-formed name.
+        ModelFileError: it is no readable GGUF file.
+    """
+    model_name = ModelName.parse(name)
+    config = describe(path)  # before gigabytes are copied
+    layer = Layer(LAYER_TYPE + "model", store.add_blob(path), path.stat().st_size)
+    config["rootfs"] = {"type": "layers", "diff_ids": [layer.digest]}
+    return StoredModel(model_name, "", layer.size, datetime.now(UTC), config, (layer,), store.blobs)
 
 
 def write_gguf(job: Job, digest: str) -> Iterator[Event]:

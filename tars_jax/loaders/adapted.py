@@ -12,32 +12,64 @@ from tars_jax.loaders.gguf import open_gguf
 from tars_jax.loaders.gguf_adapter import write_gguf_adapter
 from tars_jax.loaders.gguf_model import read_config
 from tars_jax.loaders.opening import read_adapter
-from tars_jax.store import Layer, Store, StoredModel
+from tars_jax.store import Layer, ModelName, Store, StoredModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Additions:
+    """What a model has beside its base's. adapters: files or in memory, after those of the base; params: over the base's; licenses: beside
+    the base's. The others stand in the place of the base's, where they are not empty."""
+
+    adapters: Sequence[Path | Adapter] = ()
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template: str = ""
+    system: str = ""
+    messages: Sequence[Mapping[str, str]] = ()
+    licenses: Sequence[str] = ()
 
 
 def save_adapted(store: Store, base: str, adapters: Sequence[Path | Adapter], name: str) -> StoredModel:
-    """Make a model ``name`` of a stored one and adapters, files or in memory, which are kept as GGUF files.
-
-    Raises ModelNotFound, InvalidRequest for an ill-formed name, and ModelFileError for adapters that cannot be read or do not fit.
-    """
-    stored = store.find(base)
-    config, layers = read_config(open_gguf(stored.model_path)), _layers(stored)
-    with tempfile.TemporaryDirectory() as folder:
-        for adapter in adapters:
-            file = Path(folder) / "adapter.gguf"
-            write_gguf_adapter(file, adapter if isinstance(adapter, Adapter) else read_adapter(adapter, config), config)
-            layers.append(_add(store, file))
-    return store.write_manifest(name, stored.config, layers)
+    """`save_derived` of adapters alone."""
+    return save_derived(store, store.find(base), Additions(adapters=adapters), name)
 
 
 def save_with_params(store: Store, base: str, params: Mapping[str, float], name: str) -> StoredModel:
-    """Make a model ``name`` of a stored one whose requests have these parameters unless they say otherwise.
+    """`save_derived` of parameters alone: requests have them unless they say otherwise."""
+    return save_derived(store, store.find(base), Additions(params=params), name)
 
-    Raises ModelNotFound, and InvalidRequest for an ill-formed name.
+
+def save_derived(store: Store, base: StoredModel, additions: Additions, name: str, *, source: str | None = None) -> StoredModel:
+    """Make a model ``name`` of a stored one and additions; adapters are kept as GGUF files. ``source``: what the new model says its file
+    was taken from, else the base's name.
+
+    Raises InvalidRequest for an ill-formed name, and ModelFileError for adapters that cannot be read or do not fit.
     """
-    stored = store.find(base)
-    layer = store.add_layer("params", json.dumps({**stored.params, **params}))
-    return store.write_manifest(name, stored.config, [*(kept for kept in _layers(stored) if kept.kind != "params"), layer])
+    ModelName.parse(name)  # before anything is written
+    texts = {"template": additions.template, "system": additions.system}
+    if additions.params:
+        texts["params"] = json.dumps({**base.params, **additions.params})
+    if additions.messages:
+        texts["messages"] = json.dumps(list(additions.messages))
+    new = {kind: text for kind, text in texts.items() if text}
+    source = base.name.short() if source is None else source
+    kept = [layer for layer in base.layers if layer.kind not in new]
+    layers = [dataclasses.replace(layer, source=source) if layer.kind == "model" else layer for layer in kept]
+    layers += _adapter_layers(store, base, additions.adapters)
+    layers += [store.add_layer(kind, text) for kind, text in new.items()]
+    layers += [store.add_layer("license", text) for text in additions.licenses]
+    return store.write_manifest(name, base.config, layers)
+
+
+def _adapter_layers(store: Store, base: StoredModel, adapters: Sequence[Path | Adapter]) -> list[Layer]:
+    if not adapters:
+        return []
+    config = read_config(open_gguf(base.model_path))
+    with tempfile.TemporaryDirectory() as folder:
+        layers, file = [], Path(folder) / "adapter.gguf"
+        for adapter in adapters:
+            write_gguf_adapter(file, adapter if isinstance(adapter, Adapter) else read_adapter(adapter, config), config)
+            layers.append(_add(store, file))
+    return layers
 
 
 def describe_adapter(path: Path) -> dict[str, Any]:
@@ -50,11 +82,6 @@ def describe_adapter(path: Path) -> dict[str, Any]:
         file.metadata.get("adapter.lora.alpha", 0.0),
     )
     return {"type": kind, "rank": max(ranks, default=0), "weights": len(changed), "alpha": alpha, "size": path.stat().st_size}
-
-
-def _layers(stored: StoredModel) -> list[Layer]:
-    """A model's layers for another one made of it, which names it."""
-    return [dataclasses.replace(layer, source=stored.name.short()) if layer.kind == "model" else layer for layer in stored.layers]
 
 
 def _add(store: Store, path: Path) -> Layer:

@@ -99,13 +99,17 @@ def load(
 
 
 def read_adapter(path: str | Path, config: ModelConfig) -> Adapter:
-    """Read an adapter for a model of this configuration: a PEFT folder (or a file in it) or a GGUF file; LoRA, norms or steering.
+    """Read an adapter for a model of this configuration: a PEFT folder (or a file in it), a GGUF file, or a folder that `tars optimize`
+    wrote; LoRA, norms or steering.
 
     Raises ModelFileError that says what is missing, malformed, or does not fit.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return read_peft(path, config)
+        result = path / "adapter.gguf"
+        if (path / CONFIG_FILE).is_file() or not result.is_file():
+            return read_peft(path, config)
+        path = result
     if not path.is_file():
         raise ModelFileError(f"{path}: no such adapter; pass a PEFT folder or a GGUF file")
     if path.name == CONFIG_FILE or path.suffix == ".safetensors":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from fakes import serving
 
 from api.app import create_app
@@ -16,6 +17,7 @@ from tars_jax.evolve import job
 from tars_jax.evolve.data import encode_examples
 from tars_jax.evolve.evaluation import MAX_GENERAL_RISE
 from tars_jax.evolve.evolution import Evolution
+from tars_jax.evolve.scoring import score
 from tars_jax.evolve.sentiment import sentiment_task
 from tars_jax.evolve.settings import Settings
 from tars_jax.loaders.adapted import save_adapted
@@ -53,3 +55,28 @@ def test_the_default_model_learns_a_format(smollm2: Any, smollm2_store: Store, t
     print(f"through /api/generate: {before} of 60 right before, {after} after")
     assert before <= 6
     assert after >= 54
+
+
+def test_random_search_falls_behind_at_the_same_number_of_evaluations(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, lines = (encode_examples(items, smollm2) for items in sentiment_task())
+    scored: list[tuple[int, int]] = []  # members and examples of every slice
+
+    def count(*args: Any, members: int, **fixed: Any) -> Any:
+        if members > 1:  # held-out examples have one
+            scored.append((members, len(args[2].sizes)))
+        return score(*args, members=members, **fixed)
+
+    monkeypatch.setattr("tars_jax.evolve.evolution.score", count)
+    found, evaluations = {}, {}
+    for name, sigma in (("eggroll", 0.02), ("random", 0.05)):  # 0.05 is random search's best of 0.02, 0.05 and 0.1
+        scored.clear()
+        evolution = Evolution(smollm2, train, Settings(strategy=name, sigma=sigma))  # type: ignore[arg-type]
+        state = evolution.init()
+        for _ in range(6):
+            state, _ = evolution.generation(state)
+        evaluations[name] = sum(members * examples for members, examples in scored)
+        found[name] = evolution.evaluate(evolution.centre(state), evolution.hold_out(lines)).exact
+    print(f"after {evaluations} evaluations: {found}")
+    assert evaluations == dict.fromkeys(found, 6 * 32 * 6)
+    assert found["eggroll"] > 0.9
+    assert found["random"] < 0.75

@@ -8,7 +8,8 @@ namespace tars {
 namespace {
 
 constexpr int64_t kWorthSharing = 150'000;  // multiply-adds that take about as long as waking a thread
-constexpr int64_t kTokensPerTask = 16;      // of a rope_write
+constexpr int64_t kTokensWorthSharing = 32;
+constexpr int64_t kTokensPerTask = 2;       // of a rope_write: a microsecond or two
 
 using Plan = AttentionPlan;
 
@@ -128,7 +129,7 @@ void add_rope_write(Stages& stages, const RopeWrite& w, const LayerPages& pages)
 void run_rope_write(Pool& pool, const RopeWrite& w, const LayerPages& pages) {
   Stages stages;
   add_rope_write(stages, w, pages);
-  run_stages(pool, w.tokens > 2 * kTokensPerTask ? pool.threads() : 1, std::move(stages));
+  run_stages(pool, w.tokens > kTokensWorthSharing ? pool.threads() : 1, std::move(stages));
 }
 
 }  // namespace tars

@@ -5,6 +5,8 @@
 namespace tars {
 namespace {
 
+constexpr size_t kMostStages = 11;  // of a block
+
 // What one block hands to the next part of itself; all blocks use the same memory.
 struct Buffers {
   char *q, *k, *v, *heads, *middle, *inner;  // [rows, H * hd], [rows, KH * hd] twice, [rows, H * hd], [rows, width], [rows, F]
@@ -113,6 +115,7 @@ void run_blocks(Pool& pool, Blocks& b) {
   const int threads = runners.size() > 1 || runners[0].worth_sharing() ? pool.threads() : 1;
   char* panel_memory = static_cast<char*>(panels.get(bytes));
   Stages stages;
+  stages.reserve(runners.size() * kMostStages);
   for (BlockRunner& r : runners) r.add_to(stages, plan, threads, panel_memory);
   run_stages(pool, threads, std::move(stages));
 }

@@ -66,11 +66,22 @@ TARS_INLINE Ints add_pairs(Ints acc, Ints) { return acc; }
 
 constexpr int kFetchingRows = 4;
 
+// Fetches this turn's blocks, at their time.
 template <int kTiles, int kBytes>
-TARS_INLINE void fetch(const uint8_t* const* tiles, int64_t at) {
-  for (int t = 0; t < kTiles; ++t)
-    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tiles[t] + at + line);
-}
+class Fetcher {
+ public:
+  __attribute__((always_inline)) explicit Fetcher(const Ahead& ahead) : ahead_(ahead), next_(ahead.turn * kBytes) {}
+  __attribute__((always_inline)) void reached(const uint8_t* const* tiles, int64_t at) {
+    if (at != next_) return;
+    for (int t = 0; t < kTiles; ++t)
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tiles[t] + ahead_.bytes + at + line);
+    next_ += ahead_.turns * kBytes;
+  }
+
+ private:
+  const Ahead ahead_;
+  int64_t next_;
+};
 
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 struct QuantizedBlock {
@@ -159,12 +170,13 @@ struct QuantizedBlock {
   }
 
   template <int kTiles, int kRows>
-  static void rows(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const ActivationGroup* x, float* const* out) {
+  static void rows(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const ActivationGroup* x, float* const* out) {
     Floats total[kTiles][kRows];
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = splat(0.0f);
+    Fetcher<kTiles, kBytes> fetcher(ahead);
     for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetch<kTiles, kBytes>(tiles, at + ahead);
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(tiles, at);
       add_block<kTiles, kRows>(tiles, at, x, total);
     }
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
@@ -178,12 +190,13 @@ struct DenseBlock {
 
   // Even and odd inputs have their own accumulators: twice the chains for one row.
   template <int kTiles, int kRows>
-  static void rows(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const float* x, float* const* out) {
+  static void rows(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const float* x, float* const* out) {
     Floats even[kTiles][kRows], odd[kTiles][kRows];
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) even[t][r] = odd[t][r] = splat(0.0f);
+    Fetcher<kTiles, kBytes> fetcher(ahead);
     for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += 2 * kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetch<kTiles, kBytes>(tiles, at + ahead);
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(tiles, at);
       TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
         const uint8_t* block = tiles[t] + at;
         Floats w0, w1;
@@ -210,15 +223,16 @@ struct PairBlock {
   static constexpr int kBytes = 64;
 
   template <int kTiles, int kRows>
-  __attribute__((target("avx512bf16"))) static void rows(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const uint32_t* x,
+  __attribute__((target("avx512bf16"))) static void rows(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const uint32_t* x,
                                                          float* const* out) {
     __m512 total[kTiles][kRows][2];
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r][0] = total[t][r][1] = _mm512_setzero_ps();
     const int64_t end = blocks * kBytes;
     int64_t at = 0;
+    Fetcher<kTiles, 2 * kBytes> fetcher(ahead);
     for (; at + 2 * kBytes <= end; at += 2 * kBytes, x += 2 * kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetch<kTiles, 2 * kBytes>(tiles, at + ahead);
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(tiles, at);
       __m512bh w[kTiles][2];
       TARS_UNROLL for (int t = 0; t < kTiles; ++t)
         TARS_UNROLL for (int i = 0; i < 2; ++i) w[t][i] = (__m512bh)_mm512_loadu_si512(tiles[t] + at + i * kBytes);
@@ -242,11 +256,12 @@ using Dot = Kernels::Dot;
 
 // Runs a block's loop over the 0..8 rows of a panel, `kMost` (8, 4 or 2), then 4, 2, 1 at a time.
 template <class Block, int kTiles, int kMost, class X>
-TARS_INLINE void row_by_row(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const X* x, int rows, float* const* out) {
+TARS_INLINE void row_by_row(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const X* x, int rows, float* const* out) {
+  const int64_t parts = ceil_div(rows, kMost);
   const auto run = [&](auto function, int r) {
     float* at[kTiles];
     for (int t = 0; t < kTiles; ++t) at[t] = out[t] + r * kLanes;
-    function(tiles, blocks, ahead, x + r, at);
+    function(tiles, blocks, {ahead.bytes, ahead.turn * parts + r / kMost, ahead.turns * parts}, x + r, at);
   };
   int r = 0;
   for (; rows - r >= kMost; r += kMost) run(Block::template rows<kTiles, kMost>, r);
@@ -257,7 +272,7 @@ TARS_INLINE void row_by_row(const uint8_t* const* tiles, int64_t blocks, int64_t
 }
 
 template <class Block, int kTiles, int kMost, auto kForm>
-static void dot(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const Panel& panel, int rows, float* const* out) {
+static void dot(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int rows, float* const* out) {
   row_by_row<Block, kTiles, kMost>(tiles, blocks, ahead, panel.*kForm, rows, out);
 }
 
@@ -294,7 +309,7 @@ static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
     return w.group == 32 ? pick_quantized<8, 32>(w) : pick_quantized<8, 16>(w);
   }
 #if defined(__AVX512F__)
-  if (pairs) return dots<PairBlock, kRowBlock, &Panel::pairs>();
+  if (pairs) return {dot<PairBlock, 1, kRowBlock, &Panel::pairs>, nullptr};  // one multiplication a cycle: there is time for the reads
 #endif
   if (w.dtype == DType::kBF16) return dense<DType::kBF16>();
   return w.dtype == DType::kF16 ? dense<DType::kF16>() : dense<DType::kF32>();

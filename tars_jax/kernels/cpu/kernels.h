@@ -10,6 +10,13 @@ struct PanelBuffers {  // where a panel's rows are written; null for the forms n
   uint32_t* pairs;
 };
 
+// The tiles that are wanted next stand `bytes` behind those being multiplied. Each of `turns` products of these fetches its part of them:
+// all at once they would be more than memory gives in that time.
+struct Ahead {
+  int64_t bytes;
+  int64_t turn, turns;
+};
+
 struct Finish {  // what happens to a tile's sums before they are stored
   Activation activation;
   const float* bias;
@@ -59,9 +66,8 @@ struct RotateTask {
 struct Kernels {
   const char* name;
   bool (*native_pairs)();  // whether bfloat16 pairs have an instruction
-  // The product of a panel's rows and one tile, or two tiles of one format; `out` gets [rows][16] of each. ahead: bytes from each tile to
-  // the one that is wanted next.
-  using DotTiles = void (*)(const uint8_t* const* tiles, int64_t blocks, int64_t ahead, const Panel& panel, int rows, float* const* out);
+  // The product of a panel's rows and one tile, or two tiles of one format; `out` gets [rows][16] of each.
+  using DotTiles = void (*)(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int rows, float* const* out);
   struct Dot {
     DotTiles one, two;  // two: null where it gains nothing
   };

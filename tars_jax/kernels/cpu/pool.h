@@ -42,6 +42,7 @@ class Stages {
   void add(int64_t tasks, Task run, Task fetch = nullptr) {
     if (tasks > 0) stages_.push_back({total(), total() + tasks, std::move(run), std::move(fetch)});
   }
+  void reserve(size_t stages) { stages_.reserve(stages); }
   int64_t total() const { return stages_.empty() ? 0 : stages_.back().end; }
 
  private:

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels stay in a 1 MiB second-level cache
 constexpr int64_t kMostChunkBytes = 64 << 10, kLeastChunkBytes = 8 << 10;
+constexpr int64_t kFewRows = 64, kRowsPerTask = 2;  // few rows are prepared two at a time, so that all threads have some
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -41,7 +42,8 @@ void ProductRunner::add_to(Stages& stages, int threads, char* memory) {
   memory_ = memory;
   cut(threads);
   const int64_t chunks = static_cast<int64_t>(chunks_.size()) - 1;
-  stages.add(panels_, [this](int64_t panel) { prepare(panel); });
+  const int64_t rows = p_.rows > kFewRows ? kPanel : kRowsPerTask;
+  stages.add(ceil_div(p_.rows, rows), [this, rows](int64_t task) { prepare(task * rows, std::min((task + 1) * rows, p_.rows)); });
   stages.add(ceil_div(panels_, kRowBlockPanels) * chunks, [this](int64_t task) {
     const int64_t chunks = static_cast<int64_t>(chunks_.size()) - 1;
     multiply(task / chunks, task % chunks);
@@ -76,13 +78,12 @@ PanelBuffers ProductRunner::buffers(int64_t panel) const {
 
 int ProductRunner::rows_in(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kPanel, p_.rows - panel * kPanel)); }
 
-void ProductRunner::prepare(int64_t panel) const {
+void ProductRunner::prepare(int64_t begin, int64_t end) const {
   static thread_local Scratch scratch;
   float* row = static_cast<float*>(scratch.get(round_up(p_.inputs, kGroup) * sizeof(float)));
-  for (int r = 0; r < rows_in(panel); ++r) {
-    const char* x = static_cast<const char*>(p_.x) + (panel * kPanel + r) * p_.inputs * size_of(p_.x_type);
-    k_.read_row(x, p_.x_type, p_.inputs, p_.norm, p_.eps, row);
-    k_.fill_panel(row, p_.inputs, r, buffers(panel));
+  for (int64_t r = begin; r < end; ++r) {
+    k_.read_row(static_cast<const char*>(p_.x) + r * p_.inputs * size_of(p_.x_type), p_.x_type, p_.inputs, p_.norm, p_.eps, row);
+    k_.fill_panel(row, p_.inputs, static_cast<int>(r % kPanel), buffers(r / kPanel));
   }
 }
 
@@ -104,7 +105,8 @@ void ProductRunner::multiply_tiles(int64_t row_block, size_t operand, int64_t ti
   const Operand &o = p_.operands[operand], &second = p_.operands[p_.gated ? 1 : operand];
   const int64_t bytes = o.format.tile_bytes(), last = std::min(panels_, (row_block + 1) * kRowBlockPanels);
   const uint8_t* const tiles[2] = {o.data + tile * bytes, second.data + (p_.gated ? tile : tile + 1) * second.format.tile_bytes()};
-  for (int64_t panel = row_block * kRowBlockPanels; panel < last; ++panel) {
+  const int64_t first = row_block * kRowBlockPanels;
+  for (int64_t panel = first; panel < last; ++panel) {
     const PanelBuffers b = buffers(panel);
     const Panel x{b.groups, b.floats, b.pairs};
     const int rows = rows_in(panel);
@@ -113,10 +115,10 @@ void ProductRunner::multiply_tiles(int64_t row_block, size_t operand, int64_t ti
       k_.finish_tile(o.finish, found, other, rows, lanes, panel * kPanel, at * kLanes);
     };
     if (count == 2 || (p_.gated && twins_)) {
-      dots_[operand].two(tiles, o.format.blocks(), count * bytes, x, rows, out);
+      dots_[operand].two(tiles, o.format.blocks(), {count * bytes, panel - first, last - first}, x, rows, out);
     } else {
-      dots_[operand].one(tiles, o.format.blocks(), bytes, x, rows, out);
-      if (p_.gated) dots_[1].one(tiles + 1, second.format.blocks(), second.format.tile_bytes(), x, rows, out + 1);
+      dots_[operand].one(tiles, o.format.blocks(), {bytes, panel - first, last - first}, x, rows, out);
+      if (p_.gated) dots_[1].one(tiles + 1, second.format.blocks(), {second.format.tile_bytes(), panel - first, last - first}, x, rows, out + 1);
     }
     finish(tile, sums[0], p_.gated ? sums[1] : nullptr);
     if (count == 2) finish(tile + 1, sums[1], nullptr);
