@@ -171,7 +171,7 @@ def run_blocks(
 
 
 def _fuses(layer: Layer) -> bool:
-    """Whether the kernels run this layer in one call with its neighbours: they know no low-rank updates, and one norm and bias for all rows."""
+    """Whether the kernels run this layer in one call with its neighbours: it has no low-rank updates, and one norm or bias for all rows."""
     leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, (kernels.Tiled, LowRank)))
     return all(isinstance(leaf, kernels.Tiled) or getattr(leaf, "ndim", 0) == 1 for leaf in leaves)
 

@@ -174,17 +174,22 @@ def bench_attention(cases: Sequence[tuple[int, int, int]]) -> None:
 
 def step(pages: Any, layers: Any, head: Any, norm: jax.Array, embed: Any, batch: RaggedBatch, tables: Any) -> Any:
     x = kernels.take_rows(embed, batch.tokens)
-    slots, written = write_slots(batch, PAGE), []
-    for layer, (k_pages, v_pages) in zip(layers, pages, strict=True):
-        q, k, v = qkv(layer, x)
-        q, k, v = q.reshape(-1, HEADS, HD), k.reshape(-1, KV_HEADS, HD), v.reshape(-1, KV_HEADS, HD)
-        q, k_pages, v_pages = kernels.rope_write(q, k, v, tables, slots, k_pages, v_pages)
-        written.append((k_pages, v_pages))
-        heads = kernels.attention(q, k_pages, v_pages, batch, scale=HD**-0.5)
-        x = kernels.linear_add(heads.reshape(x.shape), layer["o"], None, x)
-        x = kernels.linear_add(gate_up(layer, x), layer["down"], None, x)
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    blocks = [
+        kernels.Block((w["attention_norm"], None, None, w["mlp_norm"]), [w[name] for name in names], [None] * len(names)) for w in layers
+    ]
+    x, k_pages, v_pages = kernels.blocks(
+        *(blocks, x, tables, write_slots(batch, PAGE), batch, *pages),
+        first_pages=[i * (len(pages[0]) // LAYERS) for i in range(LAYERS)],
+        rotates=[True] * LAYERS,
+        heads=HEADS,
+        head_dim=HD,
+        activation="silu",
+        eps=EPS,
+        scale=HD**-0.5,
+    )
     logits = kernels.norm_linear(x[batch.last_tokens], norm, EPS, [head])[0]
-    return logits, written  # XLA's argmax over 49,152 logits takes 0.5 ms a row: sampling is measured elsewhere
+    return logits, (k_pages, v_pages)  # XLA's argmax over 49,152 logits takes 0.5 ms a row: sampling is measured elsewhere
 
 
 def bench_model(layers: list[dict[str, Any]], head: kernels.Tiled, cases: Sequence[tuple[int, int, int]], bandwidth: float) -> None:
@@ -194,7 +199,8 @@ def bench_model(layers: list[dict[str, Any]], head: kernels.Tiled, cases: Sequen
         batch = make_batch(rows, new, cached)
         angles = np.asarray(batch.positions)[:, None, None] * 0.01 * np.ones((1, 1, HD // 2))
         tables = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-        args = (make_pages(batch, LAYERS), layers, head, jnp.ones(D, jnp.float32), head, batch, tables)
+        pages = tuple(jnp.concatenate(part) for part in zip(*make_pages(batch, LAYERS), strict=True))
+        args = (pages, layers, head, jnp.ones(D, jnp.float32), head, batch, tables)
         seconds = best(run, *args, repeat=40 if new == 1 else 8, carry=True)
         share = f"{nbytes / bandwidth / 1e9 / seconds:4.0%} of the memory's" if bandwidth else ""
         what = f"30 blocks + head, {rows} rows, {new} new tokens after {cached}:"
