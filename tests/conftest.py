@@ -32,6 +32,16 @@ def compile_cache(pytestconfig: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def light_collections() -> Iterator[None]:
+    """What lives before a file of tests is left out of its garbage collections: a server that unloads a model collects, which took
+    0.2 s and more a test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
 def few_mappings() -> Iterator[None]:
     """Compiled programs are let go after a file of tests that leaves many: each takes memory mappings, Linux gives a process 65,530 of
     them, and XLA's compiler crashes when there are no more."""

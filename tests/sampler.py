@@ -11,6 +11,7 @@ from tars_jax.sample_rows import Extras, unpack_rows
 from tars_jax.sampling import Sampled, sample
 
 VOCAB = 300
+TABLE = 16  # tokens of a history
 Wish = dict[str, Any]  # fields of a row; and "allow", "breakers", "bias"
 run = jax.jit(sample)
 
@@ -27,12 +28,16 @@ def extras(wishes: tuple[Wish, ...]) -> Extras:
     return Extras(jnp.asarray(bits("allow")), jnp.asarray(bits("breakers")), jnp.asarray(biases))
 
 
-def draw(logits: np.ndarray, *wishes: Wish, history: Any = None, lengths: Any = None, mu: Any = None) -> Sampled:
-    """history: one list of tokens per row, of which the first ``lengths`` count."""
+def draw(logits: np.ndarray, *wishes: Wish, history: Any = None, lengths: Any = None, mu: Any = None, rows: int = 8) -> Sampled:
+    """history: one list of tokens per row, of which the first ``lengths`` count. rows: at least so many are drawn, greedy ones that are
+    left out of the result beside those wished for, so that tests share a program."""
+    wished, wishes = len(wishes), (*wishes, *({},) * (rows - len(wishes)))
     count = len(wishes)
-    history = np.zeros((count, 8), np.int32) if history is None else np.asarray(history, np.int32)
-    lengths = [0] * count if lengths is None else lengths
-    mu = np.zeros(count, np.float32) if mu is None else np.asarray(mu, np.float32)
+    given = np.zeros((wished, 0), np.int32) if history is None else np.asarray(history, np.int32)
+    history = np.pad(given, ((0, count - wished), (0, TABLE - given.shape[1])))
+    lengths = np.pad(np.zeros(wished, np.int32) if lengths is None else lengths, (0, count - wished))
+    mu = np.pad(np.zeros(wished) if mu is None else mu, (0, count - wished)).astype(np.float32)
+    logits = np.pad(logits, ((0, count - wished), (0, 0)))
     numbers = [
         pack_row(
             **{key: value for key, value in wish.items() if key not in ("allow", "breakers", "bias")},
@@ -43,8 +48,9 @@ def draw(logits: np.ndarray, *wishes: Wish, history: Any = None, lengths: Any = 
         )
         for r, wish in enumerate(wishes)
     ]
-    rows = unpack_rows(jnp.asarray(np.stack(numbers)), extras(wishes))
-    return run(jnp.asarray(logits, jnp.float32), rows, jnp.asarray(history), jnp.asarray(mu))
+    packed = unpack_rows(jnp.asarray(np.stack(numbers)), extras(wishes))
+    drawn = run(jnp.asarray(logits, jnp.float32), packed, jnp.asarray(history), jnp.asarray(mu))
+    return jax.tree.map(lambda x: x[:wished], jax.device_get(drawn))
 
 
 def frequencies(logits: np.ndarray, wish: Wish, draws: int = 4000, **state: Any) -> np.ndarray:

@@ -272,7 +272,7 @@ def test_an_8_bit_cache_halves_the_memory_and_answers_nearly_the_same(model: Any
     logprobs = SamplingParams(max_tokens=8, temperature=0, logprobs=True)
     answers, sizes = [], []
     for dtype in ("float16", "int8"):
-        engine = Engine(model, dataclasses.replace(CONFIG, cache_dtype=dtype, cache_tokens=1024))
+        engine = Engine(model, dataclasses.replace(CONFIG, cache_dtype=dtype))
         answers.append([entry for output in finish(start(engine, "hello", logprobs)) for entry in output.logprobs])
         sizes.append(engine.stats().nbytes - model.nbytes)
         engine.close()
@@ -292,7 +292,7 @@ def test_a_request_past_its_deadline_ends(engine: Engine) -> None:
 def test_a_window_that_has_passed_frees_its_pages_and_changes_no_answer() -> None:
     windowed = tiny_model(sliding_window=20)
     long = SamplingParams(max_tokens=100, temperature=0)
-    roomy, small = Engine(windowed, CONFIG), Engine(windowed, dataclasses.replace(CONFIG, cache_tokens=128, max_rows=2, prefix_cache=False))
+    roomy, small = Engine(windowed, CONFIG), Engine(windowed, dataclasses.replace(CONFIG, cache_tokens=192, prefix_cache=False))
     streams = [start(small, prompt, long) for prompt in ("hello", "other", "third")]
     texts = ["".join(output.text for output in finish(stream)) for stream in streams]
     preemptions = small.stats().preemptions
@@ -308,7 +308,11 @@ def test_a_warm_engine_compiles_nothing(model: Any) -> None:
         time.sleep(0.05)
     text(engine, "hello")
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: compiled.append(name))
+
+    def listener(name: str, seconds: float, **_: Any) -> None:
+        compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
     random = np.random.default_rng(0)
     streams = []
     for _ in range(40):
@@ -325,5 +329,5 @@ def test_a_warm_engine_compiles_nothing(model: Any) -> None:
     for stream in streams:
         finish(stream)
     engine.close()
-    jax.monitoring.clear_event_listeners()
+    jax.monitoring.unregister_event_duration_listener(listener)
     assert [name for name in compiled if "compile" in name] == []

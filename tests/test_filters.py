@@ -225,6 +225,6 @@ def test_every_row_is_the_same_alone_and_among_others() -> None:
     ]
     together = draw(logits, *wishes, history=history, lengths=[16] * 6)
     for r, wish in enumerate(wishes):
-        alone = draw(logits[r : r + 1], wish, history=history[r : r + 1], lengths=[16])
+        alone = draw(logits[r : r + 1], wish, history=history[r : r + 1], lengths=[16], rows=1)
         assert int(alone.tokens[0]) == int(together.tokens[r])
         assert float(alone.mu[0]) == pytest.approx(float(together.mu[r]), abs=1e-5)

@@ -133,7 +133,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_others(engine: Engine, wis
 @pytest.mark.parametrize("wish", [RICH["mirostat"], RICH["dry"]], ids=["mirostat", "dry"])
 def test_preemption_does_not_change_the_tokens(wish: dict[str, Any]) -> None:
     params = SamplingParams(max_tokens=60, temperature=1.2, seed=11, **wish)
-    small = Engine(tiny_model(scale=1.5), EngineConfig(max_context=96, max_rows=3, max_step_tokens=32, cache_tokens=112))
+    small = Engine(tiny_model(scale=1.5), dataclasses.replace(CONFIG, cache_tokens=144))
     alone = [token for output in finish(start(small, "hello", params)) for token in output.token_ids]
     streams = [start(small, prompt, params) for prompt in ("other", "third", "hello")]
     together = [[token for output in finish(stream) for token in output.token_ids] for stream in streams][2]

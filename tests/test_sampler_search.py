@@ -28,7 +28,7 @@ TOKENS = 4
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
-    engine = Engine(MODEL, EngineConfig(max_context=32, max_rows=8, max_step_tokens=16, cache_dtype="float32", prompt_lookup=False))
+    engine = Engine(MODEL, EngineConfig(max_context=128, max_rows=4, max_step_tokens=16, cache_dtype="float32", prompt_lookup=False))
     yield engine
     engine.close()
 

@@ -30,23 +30,15 @@ def test_drawn_frequencies_are_the_softmax(top_k: int) -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     logits = np.full((1, VOCAB), -50.0)
     logits[0, [7, 3, 9, 4]] = np.log([0.5, 0.3, 0.15, 0.05])
-    seen = np.nonzero(frequencies(logits, {"temperature": 1.0, "top_p": 0.7}, 500))[0]
+    seen = np.nonzero(frequencies(logits, {"temperature": 1.0, "top_p": 0.7}))[0]
     assert set(seen) == {7, 3}
 
 
 def test_min_p_is_relative_to_the_best() -> None:
     logits = np.full((1, VOCAB), -50.0)
     logits[0, [7, 3, 9, 4]] = np.log([0.5, 0.3, 0.15, 0.05])
-    seen = np.nonzero(frequencies(logits, {"temperature": 1.0, "min_p": 0.5}, 500))[0]
+    seen = np.nonzero(frequencies(logits, {"temperature": 1.0, "min_p": 0.5}))[0]
     assert set(seen) == {7, 3}
-
-
-def test_a_row_is_the_same_alone_and_among_others() -> None:
-    logits = random_logits(3)
-    wishes = [{"temperature": 1.0, "top_k": 40, "seed": 5}, {"temperature": 1.3, "seed": 6}, {}]
-    together = draw(logits, *wishes).tokens
-    alone = [int(draw(logits[i : i + 1], wishes[i]).tokens[0]) for i in range(3)]
-    assert together.tolist() == alone
 
 
 def test_the_position_changes_the_noise() -> None:

@@ -90,7 +90,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     engine = Engine(model, CONFIG)
     settings = Settings(context_length=CONFIG.max_context)
     models = Models(make_store(tmp_path_factory.mktemp("store")), settings, load=lambda *_: model, make_engine=lambda *_: engine)
-    with serving(create_app(settings, models)) as url:
+    with pytest.MonkeyPatch.context() as patch, serving(create_app(settings, models)) as url:
+        patch.setattr("tars_jax.engine.engine.LONG_STEP", float("inf"))  # on a busy machine a permit would be spent on reading a slow step
         httpx.post(f"{url}/api/generate", json={"model": "fake"})  # loads it
         yield Served(url, engine)
 

@@ -241,7 +241,7 @@ def test_a_space_that_is_none_is_refused() -> None:
 
 def test_an_engine_takes_steering_on_and_off_between_two_steps() -> None:
     evolution = make("steering")
-    engine = Engine(evolution.model, EngineConfig(max_context=128, max_rows=2, max_step_tokens=16, cache_dtype="float32"))
+    engine = Engine(evolution.model, EngineConfig(max_context=128, max_rows=4, max_step_tokens=16, cache_dtype="float32"))
     greedy = SamplingParams(max_tokens=8, temperature=0)
 
     def say() -> str:
