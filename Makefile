@@ -16,17 +16,22 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 INSTALLED = $(VENV)/.installed-$(VERSION)
 TESTED = $(VENV)/.tested-$(VERSION)
 
-$(INSTALLED): pyproject.toml
-	@echo "Setting up $(VENV) with Python $(VERSION) (a minute or two) ..."
-	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+# Once, with what is wanted: every install builds the project in an environment of its own, which costs half a minute.
+define install
+	@test -e $(INSTALLED) || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(1)'
 	@echo "Compiling the CPU kernels ..."
 	@$(BIN)/python -c "from tars_jax import kernels; print(kernels.unavailable_reason() or f'using {kernels.isa()}')"
-	@touch $@
+	@touch $(INSTALLED)
+endef
 
-$(TESTED): $(INSTALLED)
-	@echo "Installing what the tests and the linter need ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(INSTALLED): pyproject.toml
+	@echo "Setting up $(VENV) with Python $(VERSION) (a minute or two) ..."
+	$(call install,)
+
+$(TESTED): pyproject.toml
+	@echo "Setting up $(VENV) with Python $(VERSION), and what the tests and the linter need ..."
+	$(call install,[dev])
 	@touch $@
 
 setup: $(INSTALLED) ## Create .venv and install the project
@@ -37,8 +42,9 @@ run: setup ## Answer PROMPT="..." with MODEL=smollm2:135m, in the terminal
 serve: setup ## Start the server on 127.0.0.1:11434
 	@$(BIN)/tars serve
 
+# In the order of the files, not by their number of tests: the few long ones of tests/integration must not come last.
 test: $(TESTED) ## Run all tests (pulls the default model, about 93 MB, once)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(TESTED) ## Check style and types
 	@$(BIN)/ruff check .

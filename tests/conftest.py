@@ -87,7 +87,7 @@ def smollm2(smollm2_path: Path) -> Any:
 def smollm2_engine(smollm2: Any) -> Iterator[Any]:
     from tars_jax import Engine, EngineConfig
 
-    engine = Engine(smollm2, EngineConfig(max_context=1024, max_rows=8, max_step_tokens=128))
+    engine = Engine(smollm2, EngineConfig(max_context=256, max_rows=40, max_step_tokens=128, cache_tokens=16384))
     yield engine
     engine.close()
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import queue
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tars_jax.perplexity import log_probabilities, perplexity
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"no CPU kernels: {kernels.unavailable_reason()}")
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
+MANY = EngineConfig(max_context=256, max_rows=40, max_step_tokens=128, cache_tokens=16384)  # one shape for all: compiled once
 
 
 def collect(engine: Engine, prompt: str, params: SamplingParams) -> list[Output]:
@@ -31,13 +31,6 @@ def collect(engine: Engine, prompt: str, params: SamplingParams) -> list[Output]
 @pytest.fixture(scope="module")
 def dense(smollm2_path: Path) -> Any:
     return load(smollm2_path, weights="dense")
-
-
-@pytest.fixture(scope="module")
-def dense_engine(dense: Any) -> Iterator[Engine]:
-    engine = Engine(dense, EngineConfig(max_context=128, max_rows=8, max_step_tokens=128))
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +75,12 @@ def test_perplexity_with_kernels_stays_near_the_plain_path(smollm2: Any) -> None
     assert perplexity(smollm2, text, context=512, exact=False) == pytest.approx(22.466, rel=0.005)
 
 
-def test_the_plain_engine_writes_llama_cpps_text(dense_engine: Engine, golden: dict[str, Any]) -> None:
-    entry = golden["f16"]["greedy"][0]
-    assert "".join(dense_engine.generate(entry["prompt"], SamplingParams(max_tokens=48, temperature=0))) == entry["text"]
+def test_the_plain_engine_writes_llama_cpps_text(dense: Any, golden: dict[str, Any]) -> None:
+    """A token a step: XLA takes 20 s for each size of step of so many plain layers."""
+    entry, engine = golden["f16"]["greedy"][0], Engine(dense, EngineConfig(max_context=128, max_rows=1, max_step_tokens=1))
+    text = "".join(engine.generate(entry["prompt"], SamplingParams(max_tokens=48, temperature=0)))
+    engine.close()
+    assert text == entry["text"]
 
 
 def test_perplexity_agrees_with_llama_cpp(smollm2: Any) -> None:
@@ -94,7 +90,7 @@ def test_perplexity_agrees_with_llama_cpp(smollm2: Any) -> None:
 
 def test_the_engine_writes_what_the_logits_say(smollm2: Any, golden: dict[str, Any]) -> None:
     """`Model.logits` keeps keys and values in float32; so does this engine."""
-    engine = Engine(smollm2, EngineConfig(max_context=128, cache_dtype="float32"))
+    engine = Engine(smollm2, dataclasses.replace(MANY, cache_dtype="float32"))
     for entry in golden["f16"]["greedy"][:3]:
         text = "".join(engine.generate(entry["prompt"], GREEDY))
         ids = entry["prompt_ids"] + smollm2.tokenizer.encode(text)
@@ -128,26 +124,11 @@ def test_probabilities_are_the_same_bits_however_the_prompt_was_cut(smollm2: Any
     assert probabilities(smollm2_engine) == alone
     for other in others:
         other.close()
-    chunked = Engine(smollm2, EngineConfig(max_context=1024, max_rows=8, max_step_tokens=16))
+    chunked = Engine(smollm2, dataclasses.replace(MANY, max_step_tokens=16))
     assert probabilities(chunked) == alone
     chunked.close()
 
 
-def test_an_answer_survives_preemption(smollm2: Any, smollm2_engine: Engine) -> None:
-    small = Engine(smollm2, EngineConfig(max_context=64, cache_tokens=96, max_rows=8, max_step_tokens=128))
-    prompts = ["Once upon a time", "The capital of France is", "In the beginning there was"]
-    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    try:
-        with ThreadPoolExecutor(3) as pool:
-            crowded = list(pool.map(lambda prompt: "".join(small.generate(prompt, params)), prompts))
-        assert small.stats().preemptions > 0
-        assert small.stats().free_pages == small.stats().num_pages - 1
-    finally:
-        small.close()
-    assert crowded == ["".join(smollm2_engine.generate(prompt, params)) for prompt in prompts]
-
-
-MANY = EngineConfig(max_context=256, max_rows=40, max_step_tokens=128, cache_tokens=16384)  # one shape for all: compiled once
 WAYS = {
     "prefixes are reused": dataclasses.replace(MANY, prompt_lookup=False),
     "tokens are guessed": dataclasses.replace(MANY, prefix_cache=False),
@@ -184,6 +165,7 @@ def test_answers_are_the_same_alone_and_among_32_others(smollm2: Any, golden: di
     stats = engine.stats()
     engine.close()
     assert answers == alone
+    assert stats.free_pages == stats.num_pages - 1
     assert (stats.reused_tokens > 0) == ("guessed" not in way)
     assert (stats.preemptions > 0) == ("preempted" in way)
     assert stats.accepted_tokens > 0 or "guessed" not in way
@@ -234,7 +216,7 @@ def test_usage_counts_prompt_and_answer(smollm2_engine: Engine) -> None:
 
 
 def test_a_cancelled_request_frees_its_pages(smollm2_engine: Engine) -> None:
-    stream = smollm2_engine.generate("Once upon a time", SamplingParams(max_tokens=400, temperature=0))
+    stream = smollm2_engine.generate("Once upon a time", SamplingParams(max_tokens=200, temperature=0))
     next(stream)
     stream.close()
     assert "".join(smollm2_engine.generate("Hello", SamplingParams(max_tokens=2, temperature=0)))
@@ -252,8 +234,8 @@ def test_a_failed_step_ends_its_requests_and_later_ones_work(smollm2_engine: Eng
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(smollm2_engine: Engine) -> None:
-    with pytest.raises(ContextOverflow, match=r"1500 tokens.*1024"):
-        list(smollm2_engine.generate([1] * 1500, GREEDY))
+    with pytest.raises(ContextOverflow, match=r"300 tokens.*256"):
+        list(smollm2_engine.generate([1] * 300, GREEDY))
 
 
 def test_an_empty_prompt_and_a_foreign_token_are_refused(smollm2_engine: Engine) -> None:
@@ -270,11 +252,12 @@ def test_a_full_queue_refuses(smollm2: Any) -> None:
     engine.close()
 
 
-def test_three_devices_write_what_one_does(dense: Any, dense_engine: Engine, golden: dict[str, Any]) -> None:
-    engine = Engine(dense, EngineConfig(max_context=128, max_rows=8, max_step_tokens=128, tensor_parallel=3))
-    ids = golden["f16"]["greedy"][0]["prompt_ids"]
-    params = SamplingParams(max_tokens=12, temperature=0)
-    try:
-        assert "".join(engine.generate(ids, params)) == "".join(dense_engine.generate(ids, params))
-    finally:
+def test_three_devices_write_what_one_does(dense: Any, golden: dict[str, Any]) -> None:
+    """The first layers of the model: all are alike to a mesh, and thirty take XLA half a minute."""
+    config, params = dataclasses.replace(dense.config, num_layers=3), dense.params.replace(layers=dense.params.layers[:3])
+    small, texts = dataclasses.replace(dense, config=config, params=params), []
+    for devices in (1, 3):
+        engine = Engine(small, EngineConfig(max_context=128, max_rows=1, prompt_lookup=False, tensor_parallel=devices))
+        texts.append("".join(engine.generate(golden["f16"]["greedy"][0]["prompt_ids"], SamplingParams(max_tokens=12, temperature=0))))
         engine.close()
+    assert texts[0] == texts[1]
