@@ -87,12 +87,13 @@ def test_covariance_follows_a_narrow_valley(optimizer: Any) -> None:
 
 def test_ask_and_tell_are_pure_and_minimize_is_their_loop() -> None:
     optimizer = GeneticAlgorithm(pop_size=16)
+    ask, tell = jax.jit(optimizer.ask), jax.jit(optimizer.tell)
     state = optimizer.init(jax.random.key(5), TREE, optimizer.default_params(TREE), horizon=20)
     for _ in range(20):
-        population, asked = optimizer.ask(state, optimizer.params)
-        again, _ = optimizer.ask(state, optimizer.params)
+        population, asked = ask(state, optimizer.params)
+        again, _ = ask(state, optimizer.params)
         assert bool(jnp.all(population["a"] == again["a"]))
-        state, info = optimizer.tell(asked, population, jax.vmap(bowl)(population), optimizer.params)
+        state, info = tell(asked, population, jax.vmap(bowl)(population), optimizer.params)
     assert population["b"].shape == (16, 2, 1)
     best, value = optimizer.best(state)
     assert float(bowl(best)) == pytest.approx(float(value)) == pytest.approx(float(info.best))
@@ -108,29 +109,32 @@ def test_a_fitness_of_the_wrong_length_is_refused() -> None:
 
 def test_elites_survive_their_generation() -> None:
     optimizer = GeneticAlgorithm(pop_size=8, crossover="arithmetic", elites=2)
+    propose, learn = jax.jit(optimizer.propose), jax.jit(optimizer.learn)
     _, state = optimizer.ask(optimizer.init(0, jnp.zeros(2)))
-    state, _ = optimizer.learn(state, state.x + 1, jnp.arange(8.0))
-    state, _ = optimizer.learn(optimizer.propose(state, optimizer.params)[1], state.x, jnp.full(8, 50.0))
+    state, _ = learn(state, state.x + 1, jnp.arange(8.0))
+    state, _ = learn(propose(state, optimizer.params)[1], state.x, jnp.full(8, 50.0))
     assert state.fitness.tolist() == [0, 1, 50, 50, 50, 50, 50, 50]
 
 
 def test_noisy_elites_are_asked_for_again_and_believed() -> None:
     optimizer = GeneticAlgorithm(pop_size=8, crossover="arithmetic", elites=2, noisy=True)
-    x, state = optimizer.propose(optimizer.init(0, jnp.zeros(2)), optimizer.params)
-    state, _ = optimizer.learn(state, x, jnp.arange(8.0))
-    asked, state = optimizer.propose(state, optimizer.params)
+    propose, learn = jax.jit(optimizer.propose), jax.jit(optimizer.learn)
+    x, state = propose(optimizer.init(0, jnp.zeros(2)), optimizer.params)
+    state, _ = learn(state, x, jnp.arange(8.0))
+    asked, state = propose(state, optimizer.params)
     assert bool(jnp.all(asked[:2] == x[:2]))
-    state, _ = optimizer.learn(state, asked, jnp.full(8, 50.0))
+    state, _ = learn(state, asked, jnp.full(8, 50.0))
     assert float(state.fitness[0]) == 50
 
 
 def test_steps_grow_while_children_succeed_by_the_fifth_rule() -> None:
     optimizer = GeneticAlgorithm(pop_size=8, crossover="arithmetic", adaptation="fifth")
-    x, state = optimizer.propose(optimizer.init(0, jnp.zeros(2)), optimizer.params)
-    state, first = optimizer.learn(state, x, jnp.arange(8.0))
-    x, state = optimizer.propose(state, optimizer.params)
-    assert float(optimizer.learn(state, x, jnp.full(8, -1.0))[1].step) > float(first.step)
-    assert float(optimizer.learn(state, x, jnp.full(8, 99.0))[1].step) < float(first.step)
+    propose, learn = jax.jit(optimizer.propose), jax.jit(optimizer.learn)
+    x, state = propose(optimizer.init(0, jnp.zeros(2)), optimizer.params)
+    state, first = learn(state, x, jnp.arange(8.0))
+    x, state = propose(state, optimizer.params)
+    assert float(learn(state, x, jnp.full(8, -1.0))[1].step) > float(first.step)
+    assert float(learn(state, x, jnp.full(8, 99.0))[1].step) < float(first.step)
 
 
 def test_parameters_may_be_traced_to_compare_settings() -> None:
@@ -146,12 +150,13 @@ def test_parameters_may_be_traced_to_compare_settings() -> None:
 
 def test_the_temperature_starts_where_the_mean_rise_has_its_acceptance_and_falls() -> None:
     optimizer = SimulatedAnnealing(pop_size=12, chains=3, params=AnnealingParams(initial_acceptance=0.5))
+    propose, learn = jax.jit(optimizer.propose), jax.jit(optimizer.learn)
     state, seen = optimizer.init(0, jnp.full(4, 3.0), horizon=40), []
     for _ in range(40):
-        x, state = optimizer.propose(state, optimizer.params)
-        state, _ = optimizer.learn(state, x, jnp.sum(x**2, 1))
+        x, state = propose(state, optimizer.params)
+        state, _ = learn(state, x, jnp.sum(x**2, 1))
         seen.append(float(state.temperature))
-    first = optimizer.propose(optimizer.init(0, jnp.full(4, 3.0)), optimizer.params)[0]
+    first = propose(optimizer.init(0, jnp.full(4, 3.0)), optimizer.params)[0]
     told = np.sum(np.asarray(first) ** 2, 1)
     assert seen[0] == pytest.approx(np.abs(told - told.mean()).mean() / np.log(2), rel=1e-4)
     assert seen[-1] < 0.1 * seen[0]
@@ -160,10 +165,11 @@ def test_the_temperature_starts_where_the_mean_rise_has_its_acceptance_and_falls
 
 def test_annealing_reheats_a_bounded_number_of_times() -> None:
     optimizer = SimulatedAnnealing(pop_size=8, max_reheats=2)
+    propose, learn = jax.jit(optimizer.propose), jax.jit(optimizer.learn)
     state = optimizer.init(0, jnp.ones(2), horizon=80)
     for _ in range(80):
-        x, state = optimizer.propose(state, optimizer.params)
-        state, _ = optimizer.learn(state, x, jnp.sum(x**2, 1) + jnp.where(state.generation > 5, 100.0, 0.0))
+        x, state = propose(state, optimizer.params)
+        state, _ = learn(state, x, jnp.sum(x**2, 1) + jnp.where(state.generation > 5, 100.0, 0.0))
     assert int(state.reheats) == 2
 
 
