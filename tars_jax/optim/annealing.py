@@ -18,14 +18,13 @@ from flax import struct
 from jax import Array
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, summarise
-from tars_jax.optim.gaussian import Covariance, Gaussian, learn, start_gaussian
+from tars_jax.optim.base import Info, Optimizer, Start, State, draw, patience, sampled, summarise, tied
+from tars_jax.optim.gaussian import Covariance, Gaussian, continued, directions, learn, start_gaussian
 from tars_jax.optim.operators import boltzmann, cauchy, normal, systematic
 
 Schedule = Literal["adaptive", "exponential", "cauchy"]
 Exchange = Literal["resample", "swap", "none"]
 TINY = 1e-30
-RESOLUTION = 4  # of the floating-point numbers, in their relative spacing: below it the tries differ by rounding
 
 
 @struct.dataclass
@@ -33,8 +32,8 @@ class AnnealingParams:
     """Numbers of simulated annealing."""
 
     initial_step: float | Array = 1.0  # in the space's initial steps
-    initial_acceptance: float | Array = 0.7  # chance of a rise as large as the tries' mean deviation at the start: sets the temperature
-    final_acceptance: float | Array = 0.5  # adaptive: the same when the cooling is done
+    initial_acceptance: float | Array = 0.9  # chance of a rise as large as the tries' mean deviation at the start: sets the temperature
+    final_acceptance: float | Array = 0.6  # adaptive: the same when the cooling is done
     final_temperature: float | Array = 1e-6  # exponential: as a share of the first
     cooling_share: float | Array = 0.5  # share of the planned run over which the temperature falls
     covariance_rate: float | Array = 1.0  # scales how fast the tries' covariance is learnt
@@ -52,9 +51,11 @@ class AnnealingState(State):
     fitness: Array  # [C]
     gaussian: Gaussian  # [C] of the tries; its mean is where a chain wants to be next
     z: Array  # [N, d] standard numbers of the tries asked for
+    beyond: Array  # [N, d] and how far outside reflecting bounds they were drawn
     temperature: Array
     first_temperature: Array
     began: Array  # int32, generation at which the present cooling began
+    reference: Array  # best fitness before the last generation
     improved: Array  # int32, generation of the last better individual
     reheats: Array  # int32
 
@@ -82,7 +83,8 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
 
     @property
     def paced(self) -> bool:
-        return True
+        """An adaptive schedule without reheats has no plan that standing still could be part of."""
+        return self.schedule != "adaptive" or self.max_reheats > 0
 
     @property
     def num_chains(self) -> int:
@@ -103,16 +105,18 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
     def begin(self, common: dict[str, Any], params: AnnealingParams) -> AnnealingState:
         x = jnp.broadcast_to(common["best_x"], (self.num_chains, common["best_x"].size))
         inf, zero = jnp.full_like(x[:, 0], jnp.inf), jnp.int32(0)
-        step = jnp.asarray(params.initial_step, x.dtype)
+        step, zeros = jnp.asarray(params.initial_step, x.dtype), jnp.zeros((self.pop_size, x.shape[1]), x.dtype)
         return AnnealingState(
             **common,
             x=x,
             fitness=inf,
             gaussian=jax.vmap(lambda mean: start_gaussian(mean, step, self.covariance))(x),
-            z=jnp.zeros((self.pop_size, x.shape[1]), x.dtype),
+            z=zeros,
+            beyond=zeros,
             temperature=inf[0],
             first_temperature=inf[0],
             began=zero,
+            reference=inf[0],
             improved=zero,
             reheats=zero,
         )
@@ -121,27 +125,31 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         """Begin with a chain at each of the best of ``start``, with steps of its size."""
         order = jnp.resize(jnp.argsort(start.fitness), (self.num_chains,))
         x, fitness = start.x[order], start.fitness[order]
-        gaussian = replace(state.gaussian, mean=x, sigma=state.gaussian.sigma * start.step)
+        step = params.initial_step * start.step
+        gaussian = jax.vmap(lambda gaussian, mean: continued(gaussian, mean, step, start.shape))(state.gaussian, x)
+        gaussian = replace(gaussian, mean=x) if self.num_chains > 1 else gaussian
         return replace(state, x=x, fitness=fitness, gaussian=gaussian, best_x=x[0], best_f=fitness[0])
 
     def propose(self, state: AnnealingState, params: AnnealingParams) -> tuple[Array, AnnealingState]:
-        u = draw(state, (self.num_chains, self.pop_size // self.num_chains, state.space.size))
+        c, tries = self.num_chains, self.pop_size // self.num_chains
+        u = draw(state, (c, tries, state.space.size))
         z = (cauchy(u) if self.moves == "cauchy" else normal(u)).at[:, 0].set(0)  # the first is the point itself
-        centre = jnp.broadcast_to(state.gaussian.mean[:, None], z.shape).reshape(self.pop_size, -1)
-        moves = jax.vmap(lambda gaussian, z: gaussian.moves(z))(state.gaussian, z).reshape(centre.shape)
-        x = confined(state, centre + state.space.step[None] * moves, centre)
-        return x, replace(state, z=z.reshape(centre.shape))
+        centre = jnp.repeat(state.gaussian.mean, tries, 0)
+        each = jax.vmap(sampled, in_axes=(None, 0, 0, 0))
+        x, beyond = each(state, state.gaussian, centre.reshape(z.shape), z)
+        return x.reshape(centre.shape), replace(state, z=z.reshape(centre.shape), beyond=beyond.reshape(centre.shape))
 
     def update(self, state: AnnealingState, x: Array, fitness: Array, params: AnnealingParams) -> tuple[AnnealingState, Info]:
         c, told = self.num_chains, fitness
         u = draw(state, (c, 2), stream=1)
-        x, z, fitness = x.reshape(c, -1, x.shape[1]), state.z.reshape(c, -1, x.shape[1]), fitness.reshape(c, -1)
+        x, drawn, z = (array.reshape(c, -1, x.shape[1]) for array in (x, x + state.beyond, state.z))
+        fitness = fitness.reshape(c, -1)
         before, state = state.temperature, self._cooled(state, fitness, params)
         heat = self._temperatures(state, params)
         rise = jnp.where(jnp.isinf(state.fitness), -jnp.inf, fitness[:, 0] - state.fitness)
         accepted = rise < -jnp.log(u[:, 0]) * heat
         tried = jax.vmap(self._tried, in_axes=(0, 0, 0, 0, 0, None, None))(
-            state.gaussian, z[:, 1:], x[:, 1:], fitness[:, 1:], heat, state.generation, params
+            state.gaussian, z[:, 1:], drawn[:, 1:], fitness[:, 1:], heat, state.generation, params
         )
         refused = replace(state.gaussian, mean=state.x, sigma=params.shrinkage * state.gaussian.sigma)
         gaussian = jax.vmap(lambda yes, new, old: jax.tree.map(lambda a, b: jnp.where(yes, a, b), new, old))(accepted, tried, refused)
@@ -156,8 +164,7 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
     ) -> Gaussian:
         """What a chain's tries teach. Those with less than an even share of the weight push the covariance away."""
         weights = boltzmann(fitness, 1 / heat) - 1 / fitness.shape[0]
-        if self.moves == "cauchy":  # directions are learnt from, lengths are not
-            z = z * jnp.minimum(1, z.shape[1] ** 0.5 / jnp.linalg.norm(z, axis=1, keepdims=True))
+        z = directions(z) if self.moves == "cauchy" else z
         return learn(gaussian, z, x, fitness, weights, generation, params.covariance_rate)
 
     def _temperatures(self, state: AnnealingState, params: AnnealingParams) -> Array:
@@ -201,15 +208,22 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         return replace(state, x=x, fitness=fitness, gaussian=gaussian)
 
     def _reheated(self, state: AnnealingState, told: Array, params: AnnealingParams) -> AnnealingState:
-        """Cold, and a while without a better individual: a measured temperature again, and larger steps; at most ``max_reheats`` times."""
-        improved = jnp.where(jnp.any(told <= state.best_f), state.generation, state.improved)
-        cold = state.began.astype(told.dtype) + _cooling_time(state, params)
-        still = state.generation.astype(told.dtype) - jnp.maximum(improved.astype(told.dtype), cold)
-        exhausted = jnp.all(_mean_deviation(told) <= RESOLUTION * jnp.finfo(told.dtype).eps * jnp.abs(state.best_f))
-        due = ((still > params.patience * state.horizon.astype(still.dtype)) | exhausted) & (state.reheats < self.max_reheats)
-        anew = jax.vmap(lambda mean: start_gaussian(mean, params.reheating * params.initial_step, self.covariance))(state.x)
+        """Cold and a while without a better individual, or tries that no longer differ: a measured temperature again, and larger steps; at
+        most ``max_reheats`` times."""
+        improved = jnp.where(state.best_f < state.reference, state.generation, state.improved)
+        age = state.generation - state.began
+        still = jnp.minimum(state.generation - improved, age).astype(told.dtype)
+        window = patience(state, self.pop_size)
+        cold = (age.astype(told.dtype) > _cooling_time(state, params)) & (
+            still > jnp.maximum(params.patience * state.horizon.astype(told.dtype), window)
+        )
+        exhausted = tied(told) & (still >= window)
+        due = (cold | exhausted) & (state.reheats < self.max_reheats)
+        step = jnp.asarray(params.reheating * params.initial_step, told.dtype)
+        anew = jax.vmap(lambda mean: start_gaussian(mean, step, self.covariance))(state.x)
         return replace(
             state,
+            reference=state.best_f,
             improved=improved,
             gaussian=jax.tree.map(lambda new, old: jnp.where(due, new, old), anew, state.gaussian),
             temperature=jnp.where(due, jnp.inf, state.temperature),
@@ -218,8 +232,9 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         )
 
     def hand_over(self, state: AnnealingState) -> Start:
-        """The chains, and their mean step."""
-        return Start(state.x, state.fitness, jnp.mean(jax.vmap(lambda gaussian: gaussian.size)(state.gaussian)))
+        """The chains, and the shape of the best one's tries."""
+        shape = jax.tree.map(lambda values: values[jnp.argmin(state.fitness)], state.gaussian)
+        return Start(state.x, state.fitness, shape.size, shape)
 
 
 def _cooling_time(state: AnnealingState, params: AnnealingParams) -> Array:
