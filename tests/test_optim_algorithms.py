@@ -200,6 +200,33 @@ def test_a_generation_without_any_fitness_changes_no_distribution() -> None:
     assert jax.tree.map(lambda a, b: bool(jnp.all(a == b)), before, after) == jax.tree.map(lambda _: True, before)
 
 
+def test_a_sample_at_the_mean_does_not_blow_the_covariance_up() -> None:
+    before = start_gaussian(jnp.zeros(3), jnp.float32(1), "full")
+    z = jax.random.normal(jax.random.key(0), (8, 3)).at[0].set(0)
+    fitness = jnp.arange(8.0)[::-1]  # the sample without a move is the worst
+    after = learn(before, z, z, fitness, elite_weights(fitness, 0.5), jnp.int32(1))
+    assert float(jnp.max(jnp.abs(after.factor))) < 2
+
+
+def test_steps_in_many_coordinates_shorten_once_samples_stop_succeeding() -> None:
+    gaussian, steps = start_gaussian(jnp.zeros(200), jnp.float32(1), "low_rank"), []
+    z = jax.random.normal(jax.random.key(0), (8, 200))
+    for generation, fitness in enumerate([0.0, -1.0, -2.0, 9.0, 9.0, 9.0]):
+        told = fitness + 0.01 * jnp.arange(8.0)
+        gaussian = learn(gaussian, z, z, told, elite_weights(told, 0.5), jnp.int32(generation + 1))
+        steps.append(float(gaussian.sigma))
+    assert steps[0] < steps[1] < steps[2]
+    assert steps[5] < steps[2]
+
+
+def test_a_spent_stage_hands_on_the_shape_it_has_learnt() -> None:
+    result = minimize(tilted, jnp.zeros(6), GeneticAlgorithm(pop_size=12), budget=Budget(generations=60))
+    start = GeneticAlgorithm(pop_size=12).hand_over(result.state)
+    state = MonteCarlo(pop_size=12).init(0, jnp.zeros(6), start=start)
+    assert bool(jnp.all(state.gaussian.factor == result.state.gaussian.factor))
+    assert float(state.best_f) == result.fun
+
+
 def test_a_stage_hands_its_best_to_the_next() -> None:
     start = Start(jnp.array([[5.0, 5.0], [1.0, 2.0]]), jnp.array([9.0, 3.0]), jnp.float32(0.25))
     for optimizer in (GeneticAlgorithm(), SimulatedAnnealing(), MonteCarlo(), MonteCarlo(method="smc"), CMAES(), HybridOptimization()):

@@ -10,7 +10,7 @@ import pytest
 from jax.tree_util import Partial
 
 from tars_jax.errors import FlatFitness, InvalidRequest
-from tars_jax.optim import Box, Budget, GeneticAlgorithm, Stop, minimize
+from tars_jax.optim import CMAES, Box, Budget, GeneticAlgorithm, MonteCarlo, SimulatedAnnealing, Stop, minimize
 from tars_jax.optim.fitness import Fitness
 from tars_jax.optim.search import advance, start_run
 
@@ -149,6 +149,13 @@ def test_a_flat_fitness_is_an_error() -> None:
 def test_nothing_but_nan_is_an_error() -> None:
     with pytest.raises(FlatFitness, match="no finite fitness"):
         minimize(lambda x: jnp.sum(x) * jnp.nan, X0, GA, budget=FIFTY)
+
+
+@pytest.mark.parametrize("optimizer", [SimulatedAnnealing, MonteCarlo, CMAES])
+def test_an_optimum_on_a_reflecting_bound_lets_steps_shorten(optimizer: Any) -> None:
+    result = minimize(sphere, X0, optimizer(pop_size=16, bounds=Box(-1.0, 1.0)), budget=FIFTY)
+    assert result.fun == pytest.approx(0.75, abs=0.01)
+    assert result.history.step[-1] < 0.1 * result.history.step[0]
 
 
 @pytest.mark.parametrize("mode", ["reflect", "clip", "resample"])

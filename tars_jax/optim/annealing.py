@@ -1,19 +1,25 @@
-"""Simulated annealing: parallel chains, several tries a step, a calibrated temperature, steps tied to acceptance, reheating, exchange.
+"""Simulated annealing: chains that move to the Boltzmann mean of their tries, a measured temperature that falls, steps and shape that
+are learnt from the tries, reheating, exchange.
 
 Kirkpatrick, Gelatt and Vecchi, Optimization by Simulated Annealing (1983); Szu and Hartley, Fast Simulated Annealing (1987) for Cauchy
-moves; Ben-Ameur, Computing the Initial Temperature (2004); Liu, Liang and Wong, The Multiple-Try Method (2000); Swendsen and Wang, Replica
-Monte Carlo (1986) for swaps; Hukushima and Iba, Population Annealing (2003) for resampling.
+moves; Ben-Ameur, Computing the Initial Temperature (2004); Liu, Liang and Wong, The Multiple-Try Method (2000); Haario, Saksman and
+Tamminen, An Adaptive Metropolis Algorithm (2001) for the shape of proposals; Romeijn and Smith, Simulated Annealing for Constrained Global
+Optimization (1994), and Hu and Hu, Annealing Adaptive Search, Cross-Entropy, and Stochastic Approximation (2011), for distributions that
+follow exp(-f / T) as T falls; Swendsen and Wang, Replica Monte Carlo (1986) for swaps; Hukushima and Iba, Population Annealing (2003)
+for resampling.
 """
 
 from dataclasses import replace
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, scatter, summarise
+from tars_jax.optim.base import Info, Optimizer, Start, State, draw, patience, sampled, summarise, tied
+from tars_jax.optim.gaussian import Covariance, Gaussian, continued, directions, learn, start_gaussian
 from tars_jax.optim.operators import boltzmann, cauchy, normal, systematic
 
 Schedule = Literal["adaptive", "exponential", "cauchy"]
@@ -26,14 +32,14 @@ class AnnealingParams:
     """Numbers of simulated annealing."""
 
     initial_step: float | Array = 1.0  # in the space's initial steps
-    initial_acceptance: float | Array = 0.1  # chance of the mean uphill move at the start: sets the first temperature
-    final_acceptance: float | Array = 1e-6  # adaptive: the same when the cooling is done
+    initial_acceptance: float | Array = 0.9  # chance of a rise as large as the tries' mean deviation at the start: sets the temperature
+    final_acceptance: float | Array = 0.6  # adaptive: the same when the cooling is done
     final_temperature: float | Array = 1e-6  # exponential: as a share of the first
-    cooling_share: float | Array = 0.25  # share of the planned run over which the temperature falls
-    acceptance: float | Array = 0.25  # share of tries that steps are tuned to
-    step_rate: float | Array = 0.3  # how fast they are
+    cooling_share: float | Array = 0.5  # share of the planned run over which the temperature falls
+    covariance_rate: float | Array = 1.0  # scales how fast the tries' covariance is learnt
+    shrinkage: float | Array = 0.7  # of a chain's steps when its move is refused
     ladder: float | Array = 2.0  # swap: ratio of neighbouring chains' temperatures
-    reheating: float | Array = 0.3  # temperature and step after a reheat, as shares of the first ones
+    reheating: float | Array = 0.5  # step after a reheat, as a share of the first one
     patience: float | Array = 0.1  # share of the planned run without a better individual that brings a reheat
 
 
@@ -41,29 +47,35 @@ class AnnealingParams:
 class AnnealingState(State):
     """Chains, and how hot they are."""
 
-    x: Array  # [C, d]
+    x: Array  # [C, d] where the chains are
     fitness: Array  # [C]
-    sigma: Array  # [C] steps, in initial steps
+    gaussian: Gaussian  # [C] of the tries; its mean is where a chain wants to be next
+    z: Array  # [N, d] standard numbers of the tries asked for
+    beyond: Array  # [N, d] and how far outside reflecting bounds they were drawn
     temperature: Array
     first_temperature: Array
     began: Array  # int32, generation at which the present cooling began
+    reference: Array  # best fitness before the last generation
     improved: Array  # int32, generation of the last better individual
     reheats: Array  # int32
 
 
 @struct.dataclass(kw_only=True)
 class SimulatedAnnealing(Optimizer[AnnealingState]):
-    """Simulated annealing with ``chains`` chains (pop_size / 10 by default) that try pop_size / chains moves a generation each.
+    """Simulated annealing with ``chains`` chains (one for every 30 individuals by default).
 
-    ``exchange``: "resample" draws the chains anew by the weights of a falling temperature, "swap" is parallel tempering.
+    A chain proposes a point and tries others around it. The point is accepted by Metropolis' rule; the next one is the mean of the tries,
+    weighted by exp(-fitness / temperature). ``exchange``: "resample" draws the chains anew by the weights of a falling temperature, "swap"
+    is parallel tempering.
     """
 
     params: AnnealingParams = struct.field(default_factory=AnnealingParams)
     chains: int | None = struct.field(pytree_node=False, default=None)
     schedule: Schedule = struct.field(pytree_node=False, default="adaptive")
     moves: Literal["gaussian", "cauchy"] = struct.field(pytree_node=False, default="gaussian")
+    covariance: Covariance = struct.field(pytree_node=False, default="auto")
     exchange: Exchange = struct.field(pytree_node=False, default="resample")
-    max_reheats: int = struct.field(pytree_node=False, default=3)
+    max_reheats: int = struct.field(pytree_node=False, default=10)
 
     @property
     def takes_guests(self) -> bool:
@@ -71,12 +83,12 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
 
     @property
     def paced(self) -> bool:
-        return True
+        """An adaptive schedule without reheats has no plan that standing still could be part of."""
+        return self.schedule != "adaptive" or self.max_reheats > 0
 
     @property
     def num_chains(self) -> int:
-        wanted = self.chains or max(1, self.pop_size // 10)
-        return wanted if self.chains else next(c for c in range(wanted, 0, -1) if self.pop_size % c == 0)
+        return self.chains or next(c for c in range(max(1, self.pop_size // 30), 0, -1) if self.pop_size % c == 0)
 
     def validate(self) -> None:
         Optimizer.validate(self)
@@ -87,20 +99,24 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         ):
             if value not in known:
                 raise InvalidRequest(f"{name} {value!r} is none of {', '.join(known)}")
-        if self.chains is not None and (self.chains < 1 or self.pop_size % self.chains):
-            raise InvalidRequest(f"chains={self.chains} must divide pop_size={self.pop_size}")
+        if self.chains is not None and (self.chains < 1 or self.pop_size % self.chains or self.pop_size // self.chains < 3):
+            raise InvalidRequest(f"chains={self.chains} must divide pop_size={self.pop_size} and leave each 3 tries")
 
     def begin(self, common: dict[str, Any], params: AnnealingParams) -> AnnealingState:
-        x, c = common["best_x"], self.num_chains
-        inf, zero = jnp.full((c,), jnp.inf, x.dtype), jnp.int32(0)
+        x = jnp.broadcast_to(common["best_x"], (self.num_chains, common["best_x"].size))
+        inf, zero = jnp.full_like(x[:, 0], jnp.inf), jnp.int32(0)
+        step, zeros = jnp.asarray(params.initial_step, x.dtype), jnp.zeros((self.pop_size, x.shape[1]), x.dtype)
         return AnnealingState(
             **common,
-            x=jnp.broadcast_to(x, (c, x.size)),
+            x=x,
             fitness=inf,
-            sigma=jnp.full((c,), params.initial_step, x.dtype),
+            gaussian=jax.vmap(lambda mean: start_gaussian(mean, step, self.covariance))(x),
+            z=zeros,
+            beyond=zeros,
             temperature=inf[0],
             first_temperature=inf[0],
             began=zero,
+            reference=inf[0],
             improved=zero,
             reheats=zero,
         )
@@ -109,46 +125,57 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         """Begin with a chain at each of the best of ``start``, with steps of its size."""
         order = jnp.resize(jnp.argsort(start.fitness), (self.num_chains,))
         x, fitness = start.x[order], start.fitness[order]
-        return replace(state, x=x, fitness=fitness, sigma=state.sigma * start.step, best_x=x[0], best_f=fitness[0])
+        step = params.initial_step * start.step
+        gaussian = jax.vmap(lambda gaussian, mean: continued(gaussian, mean, step, start.shape))(state.gaussian, x)
+        gaussian = replace(gaussian, mean=x) if self.num_chains > 1 else gaussian
+        return replace(state, x=x, fitness=fitness, gaussian=gaussian, best_x=x[0], best_f=fitness[0])
 
     def propose(self, state: AnnealingState, params: AnnealingParams) -> tuple[Array, AnnealingState]:
-        tries = self.pop_size // self.num_chains
-        u = draw(state, (self.pop_size, state.space.size))
-        noise = cauchy(u) if self.moves == "cauchy" else normal(u)
-        centre, sigma = jnp.repeat(state.x, tries, 0), jnp.repeat(state.sigma, tries)
-        x = centre + state.space.step[None] * sigma[:, None] * noise
-        x = jnp.where(jnp.isinf(state.best_f), scatter(state, u), x)
-        return confined(state, x, centre), state
+        c, tries = self.num_chains, self.pop_size // self.num_chains
+        u = draw(state, (c, tries, state.space.size))
+        z = (cauchy(u) if self.moves == "cauchy" else normal(u)).at[:, 0].set(0)  # the first is the point itself
+        centre = jnp.repeat(state.gaussian.mean, tries, 0)
+        each = jax.vmap(sampled, in_axes=(None, 0, 0, 0))
+        x, beyond = each(state, state.gaussian, centre.reshape(z.shape), z)
+        return x.reshape(centre.shape), replace(state, z=z.reshape(centre.shape), beyond=beyond.reshape(centre.shape))
 
     def update(self, state: AnnealingState, x: Array, fitness: Array, params: AnnealingParams) -> tuple[AnnealingState, Info]:
         c, told = self.num_chains, fitness
-        tries, rows = self.pop_size // c, jnp.arange(c)
-        x, fitness = x.reshape(c, tries, -1), fitness.reshape(c, tries)
-        u = draw(state, (c, 2 * tries + 2), stream=1)
-        rise = jnp.where(jnp.isinf(state.fitness)[:, None], -jnp.inf, fitness - state.fitness[:, None])
-        before, state = state.temperature, self._cooled(state, fitness, rise, params)
-        heat = self._temperatures(state, params)[:, None]
-        accepted = rise < -jnp.log(u[:, :tries]) * heat
-        # Among a chain's tries one is drawn by its Boltzmann weight (Gumbel's trick), and accepted or not.
-        drawn = jnp.argmin(fitness + heat * jnp.log(-jnp.log(u[:, tries : 2 * tries])), 1)
-        taken = rise[rows, drawn] < -jnp.log(u[:, -2]) * heat[:, 0]
-        held = jnp.where(taken, fitness[rows, drawn], state.fitness)
-        factor = jnp.exp(params.step_rate * (jnp.mean(accepted, 1) - params.acceptance) / (1 - params.acceptance))
-        sigma = jnp.where(jnp.isinf(state.fitness), state.sigma, state.sigma * factor)
-        state = replace(state, x=jnp.where(taken[:, None], x[rows, drawn], state.x), fitness=held, sigma=sigma)
-        state = self._reheated(self._exchanged(state, before, u[:, -1], params), told, params)
-        return state, summarise(state, state.x, held, told, jnp.mean(sigma), jnp.mean(accepted))
+        u = draw(state, (c, 2), stream=1)
+        x, drawn, z = (array.reshape(c, -1, x.shape[1]) for array in (x, x + state.beyond, state.z))
+        fitness = fitness.reshape(c, -1)
+        before, state = state.temperature, self._cooled(state, fitness, params)
+        heat = self._temperatures(state, params)
+        rise = jnp.where(jnp.isinf(state.fitness), -jnp.inf, fitness[:, 0] - state.fitness)
+        accepted = rise < -jnp.log(u[:, 0]) * heat
+        tried = jax.vmap(self._tried, in_axes=(0, 0, 0, 0, 0, None, None))(
+            state.gaussian, z[:, 1:], drawn[:, 1:], fitness[:, 1:], heat, state.generation, params
+        )
+        refused = replace(state.gaussian, mean=state.x, sigma=params.shrinkage * state.gaussian.sigma)
+        gaussian = jax.vmap(lambda yes, new, old: jax.tree.map(lambda a, b: jnp.where(yes, a, b), new, old))(accepted, tried, refused)
+        held = jnp.where(accepted, fitness[:, 0], state.fitness)
+        state = replace(state, x=jnp.where(accepted[:, None], x[:, 0], state.x), fitness=held, gaussian=gaussian)
+        state = self._reheated(self._exchanged(state, before, u[:, 1], params), told, params)
+        size = jnp.mean(jax.vmap(lambda gaussian: gaussian.size)(gaussian))
+        return state, summarise(state, x.reshape(self.pop_size, -1), told, told, size, jnp.mean(accepted))
+
+    def _tried(
+        self, gaussian: Gaussian, z: Array, x: Array, fitness: Array, heat: Array, generation: Array, params: AnnealingParams
+    ) -> Gaussian:
+        """What a chain's tries teach. Those with less than an even share of the weight push the covariance away."""
+        weights = boltzmann(fitness, 1 / heat) - 1 / fitness.shape[0]
+        z = directions(z) if self.moves == "cauchy" else z
+        return learn(gaussian, z, x, fitness, weights, generation, params.covariance_rate)
 
     def _temperatures(self, state: AnnealingState, params: AnnealingParams) -> Array:
         """The temperature of each chain ``[C]``; the first is the coldest."""
         ladder = params.ladder if self.exchange == "swap" else 1.0
         return state.temperature * ladder ** jnp.arange(self.num_chains, dtype=state.x.dtype)
 
-    def _cooled(self, state: AnnealingState, fitness: Array, rise: Array, params: AnnealingParams) -> AnnealingState:
+    def _cooled(self, state: AnnealingState, fitness: Array, params: AnnealingParams) -> AnnealingState:
         """The temperature of this generation; measured anew where it is infinite: at the start and after a reheat."""
-        uphill = jnp.isfinite(rise) & (rise > 0)
-        mean_rise = jnp.sum(jnp.where(uphill, rise, 0)) / jnp.maximum(jnp.sum(uphill), 1).astype(rise.dtype)
-        scale = jnp.where(jnp.any(uphill), mean_rise, _mean_deviation(fitness))
+        tries = jnp.mean(jax.vmap(_mean_deviation)(fitness[:, 1:]))
+        scale = jnp.where(jnp.isinf(state.temperature), _mean_deviation(fitness.ravel()), tries)
         age = (state.generation - state.began - 1).astype(scale.dtype)
         progress = jnp.minimum(age / _cooling_time(state, params), 1)
         hot, cold = jnp.log(params.initial_acceptance), jnp.log(params.final_acceptance)
@@ -168,8 +195,7 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
         rows = jnp.arange(self.num_chains)
         if self.exchange == "resample":
             fall = jnp.where(jnp.isinf(before), 0, 1 / state.temperature - 1 / before)
-            weights = boltzmann(state.fitness, jnp.maximum(fall, 0))
-            chosen = systematic(weights, u[0])
+            chosen = systematic(boltzmann(state.fitness, jnp.maximum(fall, 0)), u[0])
         elif self.exchange == "swap":
             upper = rows + jnp.where((rows + state.generation) % 2 == 0, 1, -1)
             upper = jnp.where((upper < 0) | (upper >= self.num_chains), rows, upper)
@@ -178,28 +204,37 @@ class SimulatedAnnealing(Optimizer[AnnealingState]):
             chosen = jnp.where(jnp.log(u[jnp.minimum(rows, upper)]) < gain, upper, rows)
         else:
             return state
-        sigma = state.sigma[chosen] if self.exchange == "resample" else state.sigma
-        return replace(state, x=state.x[chosen], fitness=state.fitness[chosen], sigma=sigma)
+        x, fitness, gaussian = jax.tree.map(lambda values: values[chosen], (state.x, state.fitness, state.gaussian))
+        return replace(state, x=x, fitness=fitness, gaussian=gaussian)
 
     def _reheated(self, state: AnnealingState, told: Array, params: AnnealingParams) -> AnnealingState:
-        """Cold, and a while without a better individual: a measured temperature again, and larger steps; at most ``max_reheats`` times."""
-        improved = jnp.where(jnp.any(told <= state.best_f), state.generation, state.improved)
-        cold = state.began.astype(told.dtype) + _cooling_time(state, params)
-        still = state.generation.astype(told.dtype) - jnp.maximum(improved.astype(told.dtype), cold)
-        due = (still > params.patience * state.horizon.astype(still.dtype)) & (state.reheats < self.max_reheats)
+        """Cold and a while without a better individual, or tries that no longer differ: a measured temperature again, and larger steps; at
+        most ``max_reheats`` times."""
+        improved = jnp.where(state.best_f < state.reference, state.generation, state.improved)
+        age = state.generation - state.began
+        still = jnp.minimum(state.generation - improved, age).astype(told.dtype)
+        window = patience(state, self.pop_size)
+        cold = (age.astype(told.dtype) > _cooling_time(state, params)) & (
+            still > jnp.maximum(params.patience * state.horizon.astype(told.dtype), window)
+        )
+        exhausted = tied(told) & (still >= window)
+        due = (cold | exhausted) & (state.reheats < self.max_reheats)
+        step = jnp.asarray(params.reheating * params.initial_step, told.dtype)
+        anew = jax.vmap(lambda mean: start_gaussian(mean, step, self.covariance))(state.x)
         return replace(
             state,
+            reference=state.best_f,
             improved=improved,
-            sigma=jnp.where(due, params.reheating * params.initial_step, state.sigma),
+            gaussian=jax.tree.map(lambda new, old: jnp.where(due, new, old), anew, state.gaussian),
             temperature=jnp.where(due, jnp.inf, state.temperature),
             began=jnp.where(due, state.generation, state.began),
             reheats=state.reheats + due.astype(jnp.int32),
         )
 
     def hand_over(self, state: AnnealingState) -> Start:
-        """The chains. Recombining mu parents allows steps mu times as long: Beyer, The Theory of Evolution Strategies (2001)."""
-        step = jnp.minimum(jnp.mean(state.sigma) * self.pop_size / 2, jnp.maximum(jnp.max(state.sigma), 1))
-        return Start(state.x, state.fitness, step)
+        """The chains, and the shape of the best one's tries."""
+        shape = jax.tree.map(lambda values: values[jnp.argmin(state.fitness)], state.gaussian)
+        return Start(state.x, state.fitness, shape.size, shape)
 
 
 def _cooling_time(state: AnnealingState, params: AnnealingParams) -> Array:

@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array
 
 from tars_jax.errors import InvalidRequest
+from tars_jax.optim.gaussian import Gaussian
 from tars_jax.optim.operators import normal, unit
 from tars_jax.optim.space import Box, Space, Tree, make_space
 
@@ -53,6 +54,7 @@ class Start(NamedTuple):
     x: Array  # [N, d]
     fitness: Array  # [N]
     step: Array  # step size, in initial steps
+    shape: Gaussian | None = None  # the distribution that was learnt, if any
 
 
 StateT = TypeVar("StateT", bound=State)
@@ -176,6 +178,17 @@ def confined(state: State, x: Array, parent: Array) -> Array:
     return state.space.confine(key, x, parent)
 
 
+def sampled(state: State, gaussian: Gaussian, centre: Array, z: Array) -> tuple[Array, Array]:
+    """Individuals ``[N, d]`` at moves ``z [N, d]`` from ``centre [N, d]``, inside the bounds; and how far beyond them they were drawn.
+
+    Reflection makes a fitness on all numbers of one on a box: learning takes place there, or an optimum on a bound would seem to lie
+    always ahead and steps never shorten. Clipped and redrawn individuals are learnt from where they are.
+    """
+    drawn = centre + state.space.step[None] * gaussian.moves(z)
+    x = confined(state, drawn, centre)
+    return x, drawn - x if state.space.mode == "reflect" else jnp.zeros_like(x)
+
+
 def scatter(state: State, u: Array) -> Array:
     """A first population ``[N, d]`` from uniform numbers: the best so far (``x0``), and normal draws around it with the initial steps."""
     return state.best_x[None] + state.space.step[None] * normal(u).at[0].set(0)
@@ -184,6 +197,17 @@ def scatter(state: State, u: Array) -> Array:
 def ranked_last(fitness: Array) -> Array:
     """NaN as infinity: the worst rank."""
     return jnp.where(jnp.isnan(fitness), jnp.inf, fitness)
+
+
+def tied(fitness: Array, share: float | Array = 0.25) -> Array:
+    """Whether the better ``share`` of ``fitness [N]`` is equal: what is left of its differences is rounding, or a plateau."""
+    ordered = jnp.sort(fitness)
+    return ordered[jnp.asarray(share * fitness.shape[0], jnp.int32)] <= ordered[0]
+
+
+def patience(state: State, pop_size: int) -> int:
+    """Generations of ``pop_size`` in which a search that can still move finds something better (Hansen's tutorial, B.3)."""
+    return 10 + -(-30 * state.space.size // pop_size)
 
 
 def with_best(state: StateT, x: Array, fitness: Array) -> StateT:

@@ -11,8 +11,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, summarise
-from tars_jax.optim.gaussian import Covariance, Gaussian, learn, start_gaussian
+from tars_jax.optim.base import Info, Optimizer, Start, State, draw, sampled, summarise
+from tars_jax.optim.gaussian import Covariance, Gaussian, continued, learn, start_gaussian
 from tars_jax.optim.operators import normal
 
 
@@ -31,6 +31,7 @@ class CMAState(State):
 
     gaussian: Gaussian
     z: Array  # [N, d] standard normal numbers of the population asked for
+    beyond: Array  # [N, d] and how far outside reflecting bounds it was drawn
 
 
 @struct.dataclass(kw_only=True)
@@ -43,30 +44,31 @@ class CMAES(Optimizer[CMAState]):
     def begin(self, common: dict[str, Any], params: CMAParams) -> CMAState:
         x = common["best_x"]
         gaussian = start_gaussian(x, jnp.asarray(params.initial_step, x.dtype), self.covariance)
-        return CMAState(**common, gaussian=gaussian, z=jnp.zeros((self.pop_size, x.size), x.dtype))
+        z = jnp.zeros((self.pop_size, x.size), x.dtype)
+        return CMAState(**common, gaussian=gaussian, z=z, beyond=z)
 
     def adopt(self, state: CMAState, start: Start, params: CMAParams) -> CMAState:
         """Begin at the best of ``start`` with its step size."""
         best = jnp.argmin(start.fitness)
-        gaussian = replace(state.gaussian, mean=start.x[best], sigma=start.step.astype(start.x.dtype))
+        gaussian = continued(state.gaussian, start.x[best], start.step, start.shape)
         return replace(state, gaussian=gaussian, best_x=start.x[best], best_f=start.fitness[best])
 
     def propose(self, state: CMAState, params: CMAParams) -> tuple[Array, CMAState]:
         z = normal(draw(state, state.z.shape))
-        mean = state.gaussian.mean[None]
-        x = mean + state.space.step[None] * state.gaussian.moves(z)
-        return confined(state, x, jnp.broadcast_to(mean, x.shape)), replace(state, z=z)
+        x, beyond = sampled(state, state.gaussian, jnp.broadcast_to(state.gaussian.mean[None], z.shape), z)
+        return x, replace(state, z=z, beyond=beyond)
 
     def update(self, state: CMAState, x: Array, fitness: Array, params: CMAParams) -> tuple[CMAState, Info]:
         order = jnp.argsort(fitness)
         weights = jnp.asarray(rank_weights(self.pop_size), x.dtype)
         weights = jnp.where(weights < 0, params.active * weights, weights)
-        gaussian = learn(state.gaussian, state.z[order], x[order], fitness[order], weights, state.generation, params.covariance_rate)
+        drawn = (x + state.beyond)[order]
+        gaussian = learn(state.gaussian, state.z[order], drawn, fitness[order], weights, state.generation, params.covariance_rate)
         state = replace(state, gaussian=gaussian)
         return state, summarise(state, x, fitness, fitness, gaussian.size, jnp.mean(fitness <= state.best_f))
 
     def hand_over(self, state: CMAState) -> Start:
-        return Start(state.best_x[None], state.best_f[None], state.gaussian.size)
+        return Start(state.best_x[None], state.best_f[None], state.gaussian.size, state.gaussian)
 
 
 def rank_weights(pop_size: int) -> np.ndarray:

@@ -7,12 +7,14 @@ from enum import IntEnum
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, Optimizer, State
+from tars_jax.optim.base import Info, Optimizer, State, patience, tied
 
+ROUNDING = 4  # of floating-point numbers, in their relative spacing
 WARM_UP = 10  # generations that may be flat before it is an error
 
 
@@ -41,8 +43,9 @@ class Stop:
 
     ``window``: generations without a relative improvement of the best by ``tolerance``; "auto" is the larger of 100 + 30 d / N and a fifth
     of the planned run. ``spread``, ``diversity`` and ``step`` are relative: to the size of the fitness, to the first population's
-    diversity, to the initial step. Optimizers that keep to a schedule (annealing) or start anew (hybrid) go on to the end of
-    their budget: for them only ``target`` and a ``window`` in numbers count.
+    diversity, to the initial step. ``ties``: share of a generation that is equally good while the best has not improved for 10 + 30 d / N
+    generations; for a smooth fitness only rounding is left then. Optimizers that keep to a schedule (annealing) or start anew (hybrid)
+    go on to the end of their budget: for them only ``target`` and a ``window`` in numbers count.
     """
 
     target: float | None = None  # fitness at or below it
@@ -51,6 +54,7 @@ class Stop:
     spread: float | None = 1e-12
     diversity: float | None = 1e-9
     step: float | None = 1e-9
+    ties: float | None = None
 
 
 @struct.dataclass
@@ -106,7 +110,7 @@ def judge(monitor: Monitor, stop: Stop, state: State, info: Info, told: Array, l
     diversity = jnp.where(monitor.diversity > 0, monitor.diversity, info.diversity)
     flat = ~(low < high)
     reason = monitor.reason
-    for code, hit in _tests(stop, state, info, improved, diversity, scale, optimizer):
+    for code, hit in _tests(stop, state, info, told, improved, diversity, scale, optimizer):
         reason = jnp.where((reason == Reason.RUNNING) & hit & ~flat, jnp.int32(code), reason)
     target = jnp.asarray(False) if stop.target is None else info.best <= stop.target
     reason = jnp.where(target, jnp.int32(Reason.TARGET), reason)
@@ -117,7 +121,7 @@ def judge(monitor: Monitor, stop: Stop, state: State, info: Info, told: Array, l
 
 
 def _tests(
-    stop: Stop, state: State, info: Info, improved: Array, diversity: Array, scale: Array, optimizer: Optimizer[Any]
+    stop: Stop, state: State, info: Info, told: Array, improved: Array, diversity: Array, scale: Array, optimizer: Optimizer[Any]
 ) -> list[tuple[Reason, Array]]:
     tests: list[tuple[Reason, Array]] = []
     if stop.window is not None and not (stop.window == "auto" and optimizer.paced):
@@ -129,8 +133,12 @@ def _tests(
         tests.append((Reason.STEP, info.step <= stop.step))
     if stop.diversity is not None:
         tests.append((Reason.DIVERSITY, info.diversity <= stop.diversity * diversity))
+    if stop.ties is not None:
+        still = state.generation - improved
+        tests.append((Reason.SPREAD, (still >= patience(state, optimizer.pop_size)) & tied(told, stop.ties)))
     if stop.spread is not None:
-        tests.append((Reason.SPREAD, info.spread <= stop.spread * scale))
+        resolution = ROUNDING * float(np.finfo(scale.dtype).eps)  # below it fitness differs by rounding
+        tests.append((Reason.SPREAD, info.spread <= jnp.maximum(stop.spread, resolution) * scale))
     return tests
 
 

@@ -158,7 +158,7 @@ def _stage(
 
     state = lax.fori_loop(0, generations, generation, state)
     handed = optimizer.hand_over(state)
-    return (jax.tree.map(jnp.copy, handed) if first else None), handed, state.best_x, state.best_f
+    return (jax.tree.map(jnp.copy, handed._replace(shape=None)) if first else None), handed, state.best_x, state.best_f
 
 
 def _renewed(space: Space, x: Array, best: Array, key: Array) -> Array:

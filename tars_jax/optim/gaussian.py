@@ -4,7 +4,8 @@ The factor M of C = M M^T is adapted itself, without eigenvalues, so float32 ser
 and Sendhoff, Simplify Your Covariance Matrix Adaptation Evolution Strategy (2017, https://doi.org/10.1109/TEVC.2017.2680320), here
 with the slow path and the negative weights of Hansen, The CMA Evolution Strategy: A Tutorial (https://arxiv.org/abs/1604.00772).
 Separable: Ros and Hansen, A Simple Modification in CMA-ES (2008). Low rank: Loshchilov, Glasmachers and Beyer, Large Scale Black-box
-Optimization by Limited-Memory Matrix Adaptation (2017, https://arxiv.org/abs/1705.06693).
+Optimization by Limited-Memory Matrix Adaptation (2017, https://arxiv.org/abs/1705.06693); there the step size follows Ait Elhara, Auger
+and Hansen, A Median Success Rule for Non-Elitist Evolution Strategies (2013), because a path in many coordinates learns it too slowly.
 """
 
 from dataclasses import replace
@@ -18,6 +19,7 @@ from jax import Array
 
 Covariance = Literal["auto", "full", "separable", "low_rank"]
 MAX_FULL = 128  # coordinates up to which "auto" keeps a full matrix
+QUANTILE = 0.3  # of a generation's fitness, which the median of the next has to reach if steps are to stay as they are
 
 
 @struct.dataclass
@@ -29,6 +31,8 @@ class Gaussian:
     factor: Array  # M: [d, d] full, [d] separable, [r, d] directions of a low-rank product
     path: Array  # [d] conjugate evolution path
     trail: Array  # [d] slow evolution path, in the coordinates of the samples
+    success: Array  # low rank: smoothed share of samples that beat the last generation's quantile, from -1 to 1
+    quantile: Array  # low rank: fitness that QUANTILE of the last generation's samples reached
     kind: str = struct.field(pytree_node=False)
 
     @property
@@ -55,11 +59,23 @@ def start_gaussian(mean: Array, sigma: Array, covariance: Covariance) -> Gaussia
     kind = ("full" if d <= MAX_FULL else "low_rank") if covariance == "auto" else covariance
     rank = min(d, 4 + int(3 * log(d + 1)))
     factor = {"full": jnp.eye(d, dtype=mean.dtype), "separable": jnp.ones_like(mean), "low_rank": jnp.zeros((rank, d), mean.dtype)}[kind]
-    return Gaussian(mean, jnp.asarray(sigma, mean.dtype), factor, zeros, zeros, kind)
+    return Gaussian(mean, jnp.asarray(sigma, mean.dtype), factor, zeros, zeros, zeros[0], zeros[0] + jnp.inf, kind)
+
+
+def continued(gaussian: Gaussian, mean: Array, step: Array, learnt: Gaussian | None) -> Gaussian:
+    """The start of another stage: what the one before has learnt if it is of the same kind, else ``mean`` with steps of size ``step``."""
+    if learnt is not None and learnt.kind == gaussian.kind:
+        return learnt
+    return replace(gaussian, mean=mean, sigma=jnp.asarray(step, mean.dtype))
 
 
 def _direction_rates(rank: int, d: int) -> list[float]:
     return [1 / (1.5**i * d) for i in range(rank)]
+
+
+def directions(z: Array) -> Array:
+    """Numbers ``z [N, d]`` of another distribution, none longer than normal ones are: their directions can be learnt from."""
+    return z * jnp.minimum(1, z.shape[1] ** 0.5 / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12))
 
 
 def learn(gaussian: Gaussian, z: Array, x: Array, fitness: Array, weights: Array, generation: Array, rate: Any = 1.0) -> Gaussian:
@@ -72,23 +88,23 @@ def learn(gaussian: Gaussian, z: Array, x: Array, fitness: Array, weights: Array
     total = jnp.sum(jnp.maximum(weights, 0))
     weights = jnp.where(weights > 0, weights / jnp.where(total > 0, total, 1), weights)
     mean = gaussian.mean + jnp.maximum(weights, 0) @ (x - gaussian.mean[None])
-    learnt = _learn(gaussian, z, mean, weights, generation, rate)
+    learnt = _learn(gaussian, z, mean, fitness, weights, generation, rate)
     return jax.tree.map(lambda new, old: jnp.where(total > 0, new, old), learnt, gaussian)
 
 
-def _learn(gaussian: Gaussian, z: Array, mean: Array, weights: Array, generation: Array, rate: Any) -> Gaussian:
+def _learn(gaussian: Gaussian, z: Array, mean: Array, fitness: Array, weights: Array, generation: Array, rate: Any) -> Gaussian:
     d = gaussian.mean.size
     positive = jnp.maximum(weights, 0)
     mu = 1 / jnp.maximum(jnp.sum(positive**2), 1e-12)  # effective number of parents
     centre = positive @ z
     c_path = (mu + 2) / (d + mu + 5)
     path = (1 - c_path) * gaussian.path + jnp.sqrt(c_path * (2 - c_path) * mu) * centre
+    if gaussian.kind == "low_rank":
+        return _learn_directions(_paced(replace(gaussian, mean=mean, path=path), fitness), centre, mu, z.shape[0])
     damping = 1 + 2 * jnp.maximum(0, jnp.sqrt((mu - 1) / (d + 1)) - 1) + c_path
     length, expected = jnp.linalg.norm(path), d**0.5 * (1 - 1 / (4 * d) + 1 / (21 * d**2))
     sigma = gaussian.sigma * jnp.exp(jnp.minimum(1, c_path / damping * (length / expected - 1)))
     moved = replace(gaussian, mean=mean, sigma=sigma, path=path)
-    if gaussian.kind == "low_rank":
-        return _learn_directions(moved, centre, mu, z.shape[0])
     started = 1 - (1 - c_path) ** (2 * generation.astype(z.dtype))
     steady = (length / jnp.sqrt(started) < (1.4 + 2 / (d + 1)) * expected).astype(z.dtype)
     return _learn_factor(moved, z, centre, weights, mu, steady, rate)
@@ -104,7 +120,8 @@ def _learn_factor(gaussian: Gaussian, z: Array, centre: Array, weights: Array, m
     negative = jnp.minimum(weights, 0)
     mu_negative = jnp.sum(negative) ** 2 / jnp.maximum(jnp.sum(negative**2), 1e-12)
     limit = jnp.minimum(jnp.minimum(1 + c_one / c_mu, 1 + 2 * mu_negative / (mu + 2)), (1 - c_one - c_mu) / (d * c_mu))
-    negative = negative * jnp.maximum(limit, 0) / jnp.maximum(-jnp.sum(negative), 1e-12) * d / jnp.maximum(jnp.sum(z**2, 1), 1e-12)
+    # Short z, or none, would weigh without limit.
+    negative = negative * jnp.maximum(limit, 0) / jnp.maximum(-jnp.sum(negative), 1e-12) * d / jnp.maximum(jnp.sum(z**2, 1), d / 4)
     weights = jnp.maximum(weights, 0) + negative
     if gaussian.kind == "separable":
         change = 0.5 * (c_one * (trail**2 - 1) + c_mu * (weights @ z**2 - jnp.sum(weights)))
@@ -113,6 +130,15 @@ def _learn_factor(gaussian: Gaussian, z: Array, centre: Array, weights: Array, m
     change = 0.5 * (c_one * (trail[:, None] * trail[None] - eye) + c_mu * ((weights[:, None] * z).T @ z - jnp.sum(weights) * eye))
     # The trail stays the same vector in space while the coordinates of the samples change under it.
     return replace(gaussian, factor=gaussian.factor + gaussian.factor @ change, trail=trail - change @ trail)
+
+
+def _paced(gaussian: Gaussian, fitness: Array) -> Gaussian:
+    """Longer steps while most samples beat the last generation's quantile, shorter ones else."""
+    excess = jnp.where(jnp.isinf(gaussian.quantile), 0, 2 * jnp.mean(fitness <= gaussian.quantile) - 1).astype(fitness.dtype)
+    success = 0.7 * gaussian.success + 0.3 * excess
+    sigma = gaussian.sigma * jnp.exp(success / 2)
+    quantile = jnp.sort(fitness)[int(QUANTILE * fitness.shape[0])]
+    return replace(gaussian, sigma=sigma, success=success, quantile=quantile)
 
 
 def _learn_directions(gaussian: Gaussian, centre: Array, mu: Array, pop_size: int) -> Gaussian:

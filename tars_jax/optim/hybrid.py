@@ -1,7 +1,8 @@
 """The pipeline: a genetic algorithm explores, simulated annealing crosses barriers, Monte Carlo learns the shape of the valley.
 
-Each stage hands individuals, fitness and step size to the next. A stage that converges early leaves its budget to those after it, and
-what the last one leaves pays for another round from a new start (restarts as in Auger and Hansen, A Restart CMA Evolution Strategy, 2005).
+A stage that has spent its share hands individuals and the distribution it has learnt to the next, so that nothing is learnt twice. A
+stage that has converged, or does so to something worse than is known, has nothing to hand on: the next begins at a new start and shares
+what is left (restarts as in Auger and Hansen, A Restart CMA Evolution Strategy, 2005, here with another algorithm each time).
 """
 
 from dataclasses import replace
@@ -18,6 +19,8 @@ from tars_jax.optim.convergence import Monitor, Reason, Stop, judge, start_monit
 from tars_jax.optim.genetic import GeneticAlgorithm, GeneticParams
 from tars_jax.optim.montecarlo import MonteCarlo, MonteCarloParams
 
+HOPE = 10  # times the spread of its population that a stage may still gain
+
 
 @struct.dataclass
 class HybridParams:
@@ -26,7 +29,7 @@ class HybridParams:
     genetic: GeneticParams = struct.field(default_factory=GeneticParams)
     annealing: AnnealingParams = struct.field(default_factory=AnnealingParams)
     monte_carlo: MonteCarloParams = struct.field(default_factory=MonteCarloParams)
-    shares: tuple[float | Array, float | Array, float | Array] = (0.06, 0.02, 0.92)  # of the planned run, by stage
+    shares: tuple[float | Array, float | Array, float | Array] = (0.4, 0.1, 0.5)  # of what is left, by stage
 
 
 @struct.dataclass(kw_only=True)
@@ -47,9 +50,9 @@ class HybridOptimization(Optimizer[HybridState]):
 
     params: HybridParams = struct.field(default_factory=HybridParams)
     genetic: GeneticAlgorithm = struct.field(default_factory=GeneticAlgorithm)
-    annealing: SimulatedAnnealing = struct.field(default_factory=SimulatedAnnealing)
+    annealing: SimulatedAnnealing = struct.field(default_factory=lambda: SimulatedAnnealing(max_reheats=0))  # restarts are the pipeline's
     monte_carlo: MonteCarlo = struct.field(default_factory=MonteCarlo)
-    stop: Stop = struct.field(default_factory=Stop)  # what ends a stage before its share is spent
+    stop: Stop = struct.field(default_factory=lambda: Stop(ties=0.25))  # what ends a stage before its share is spent
 
     @property
     def paced(self) -> bool:
@@ -96,22 +99,31 @@ class HybridOptimization(Optimizer[HybridState]):
                 own, info = stage.learn(state.stages[index], x, fitness, _stage_params(params)[index])
                 monitor = judge(state.monitor, self.stop, own, info, fitness, state.limit, stage)
                 state = replace(state, stages=_put(state.stages, index, own), monitor=monitor)
-                return self._passed_on(state, index, params), info
+                # Converging to something worse than is known: what its individuals differ by will not make up for it.
+                hopeless = own.best_f - state.best_f > HOPE * info.spread
+                return self._passed_on(state, index, hopeless, params), info
 
             return branch
 
         state, info = lax.switch(state.stage, [tell(index) for index in range(3)], state)
         return state, replace(info, best=state.best_f)
 
-    def _passed_on(self, state: HybridState, index: int, params: HybridParams) -> HybridState:
-        """The next stage at work if this one is over."""
+    def _passed_on(self, state: HybridState, index: int, hopeless: Array, params: HybridParams) -> HybridState:
+        """The next stage at work if this one is over: where it stands if its share is spent, at a new start if it has converged."""
 
-        def enter(state: HybridState) -> HybridState:
-            if index < 2:
-                return self._entered(state, index + 1, self.pipeline[index].hand_over(state.stages[index]), params)
-            return self._entered(state, 0, None, params)
-
-        return lax.cond(state.monitor.reason == Reason.RUNNING, lambda state: state, enter, state)
+        following = (index + 1) % len(self.pipeline)
+        start = self.pipeline[index].hand_over(state.stages[index])
+        reason = state.monitor.reason
+        spent = (reason == Reason.GENERATIONS) & (following > 0) & ~hopeless
+        return lax.switch(
+            jnp.where((reason == Reason.RUNNING) & ~hopeless, 0, jnp.where(spent, 1, 2)),
+            [
+                lambda state: state,
+                lambda state: self._entered(state, following, start, params),
+                lambda state: self._entered(state, following, None, params),
+            ],
+            state,
+        )
 
     def _entered(self, state: HybridState, index: int, start: Start | None, params: HybridParams) -> HybridState:
         """Stage ``index`` begun, with what the one before hands over, or a new start."""

@@ -13,8 +13,8 @@ from flax import struct
 from jax import Array, lax
 
 from tars_jax.errors import InvalidRequest
-from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, scatter, summarise
-from tars_jax.optim.gaussian import Covariance, Gaussian, learn, start_gaussian
+from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, sampled, scatter, summarise
+from tars_jax.optim.gaussian import Covariance, Gaussian, continued, learn, start_gaussian
 from tars_jax.optim.operators import TINY, boltzmann, normal, systematic
 
 Method = Literal["cross_entropy", "importance", "metropolis", "smc"]
@@ -40,6 +40,7 @@ class MonteCarloState(State):
 
     gaussian: Gaussian
     z: Array  # [N, d] standard normal numbers of the population asked for
+    beyond: Array  # [N, d] and how far outside reflecting bounds it was drawn
     x: Array  # [N, d] walkers
     fitness: Array  # [N]
     temperature: Array
@@ -71,14 +72,13 @@ class MonteCarlo(Optimizer[MonteCarloState]):
         gaussian = start_gaussian(x, jnp.asarray(params.initial_step, x.dtype), "separable" if self.walks else self.covariance)
         walkers = jnp.broadcast_to(x, (n if self.walks else 0, x.size))
         fitness = jnp.full(walkers.shape[:1], jnp.inf, x.dtype)
-        return MonteCarloState(
-            **common, gaussian=gaussian, z=jnp.zeros((n, x.size), x.dtype), x=walkers, fitness=fitness, temperature=common["best_f"]
-        )
+        z = jnp.zeros((n, x.size), x.dtype)
+        return MonteCarloState(**common, gaussian=gaussian, z=z, beyond=z, x=walkers, fitness=fitness, temperature=common["best_f"])
 
     def adopt(self, state: MonteCarloState, start: Start, params: MonteCarloParams) -> MonteCarloState:
         """Begin at the best of ``start`` with its step size; walkers at its individuals."""
         best, order = jnp.argmin(start.fitness), jnp.resize(jnp.argsort(start.fitness), state.fitness.shape)
-        gaussian = replace(state.gaussian, mean=start.x[best], sigma=start.step.astype(start.x.dtype))
+        gaussian = continued(state.gaussian, start.x[best], start.step, start.shape)
         state = replace(state, gaussian=gaussian, best_x=start.x[best], best_f=start.fitness[best])
         return replace(state, x=start.x[order], fitness=start.fitness[order]) if self.walks else state
 
@@ -86,12 +86,11 @@ class MonteCarlo(Optimizer[MonteCarloState]):
         u = draw(state, state.z.shape)
         z = normal(u)
         if self.walks:
-            centre = state.x
-            x = jnp.where(jnp.isinf(state.best_f), scatter(state, u), centre + state.space.step[None] * state.gaussian.moves(z))
+            x = jnp.where(jnp.isinf(state.best_f), scatter(state, u), state.x + state.space.step[None] * state.gaussian.moves(z))
+            x, beyond = confined(state, x, state.x), jnp.zeros_like(x)
         else:
-            centre = jnp.broadcast_to(state.gaussian.mean[None], z.shape)
-            x = centre + state.space.step[None] * state.gaussian.moves(z)
-        return confined(state, x, centre), replace(state, z=z)
+            x, beyond = sampled(state, state.gaussian, jnp.broadcast_to(state.gaussian.mean[None], z.shape), z)
+        return x, replace(state, z=z, beyond=beyond)
 
     def update(self, state: MonteCarloState, x: Array, fitness: Array, params: MonteCarloParams) -> tuple[MonteCarloState, Info]:
         if self.walks:
@@ -100,7 +99,7 @@ class MonteCarlo(Optimizer[MonteCarloState]):
             weights = elite_weights(fitness, params.elite_share)
         else:
             weights = boltzmann_weights(fitness, params.effective_share)
-        gaussian = learn(state.gaussian, state.z, x, fitness, weights, state.generation, params.covariance_rate)
+        gaussian = learn(state.gaussian, state.z, x + state.beyond, fitness, weights, state.generation, params.covariance_rate)
         state = replace(state, gaussian=gaussian)
         return state, summarise(state, x, fitness, fitness, gaussian.size, jnp.mean(weights > 0))
 
@@ -134,7 +133,7 @@ class MonteCarlo(Optimizer[MonteCarloState]):
     def hand_over(self, state: MonteCarloState) -> Start:
         if self.walks:
             return Start(state.x, state.fitness, state.gaussian.sigma)
-        return Start(state.best_x[None], state.best_f[None], state.gaussian.size)
+        return Start(state.best_x[None], state.best_f[None], state.gaussian.size, state.gaussian)
 
 
 def elite_weights(fitness: Array, share: float | Array) -> Array:
