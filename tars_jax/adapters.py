@@ -150,8 +150,8 @@ def _untied(params: Decoder, names: Collection[str]) -> Decoder:
 def _add(leaf: Any, update: Update, strength: float) -> LowRank:
     a, b, scale = jnp.asarray(update.a), jnp.asarray(update.b), jnp.float32(update.scale * strength)
     if not isinstance(leaf, LowRank):
-        return LowRank(leaf, a, b, scale)
-    a = jnp.concatenate([leaf.a * leaf.scale, a * scale], axis=1)
+        return LowRank(leaf, a.T, b, scale)
+    a = jnp.concatenate([leaf.a * leaf.scale, a.T * scale])
     return LowRank(leaf.base, a, jnp.concatenate([leaf.b, b]), jnp.float32(1))
 
 

@@ -18,7 +18,6 @@ from flax import struct
 from tars_jax import kernels, ops
 from tars_jax.cache import KVCache, RaggedBatch, write_slots
 from tars_jax.config import ModelConfig
-from tars_jax.quant import LowRank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +170,9 @@ def run_blocks(
 
 
 def _fuses(layer: Layer) -> bool:
-    """Whether the kernels run this layer in one call with its neighbours: it has no low-rank updates, and one norm or bias for all rows."""
-    leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, (kernels.Tiled, LowRank)))
-    return all(isinstance(leaf, kernels.Tiled) or getattr(leaf, "ndim", 0) == 1 for leaf in leaves)
+    """Whether the kernels run this layer in one call with its neighbours."""
+    weights = layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down
+    return all(ops.uses_kernels(w) for w in weights if w is not None)
 
 
 def _blocks(

@@ -32,10 +32,10 @@ def uses_kernels(w: Weight) -> bool:
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
     """``x @ w.T``: [T, K] times a weight [O, K] -> [T, O], in x's dtype with float32 accumulation."""
+    if uses_kernels(w):
+        return kernels.norm_linear(x, None, 0.0, [w])[0]
     if isinstance(w, LowRank):
         return matmul(x, w.base) + _update(x, w)
-    if isinstance(w, kernels.Tiled):
-        return kernels.norm_linear(x, None, 0.0, [w])[0]
     if isinstance(w, Observed):
         io_callback(w.record, None, w.index, jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0))
         return matmul(x, w.base)
@@ -44,27 +44,19 @@ def matmul(x: jax.Array, w: Weight) -> jax.Array:
 
 
 def _update(x: jax.Array, w: LowRank) -> jax.Array:
-    """``scale * (x @ b.T) @ a.T``: what a low-rank update, or each of N on its run of rows, adds to a product: [T, K] -> [T, O]."""
+    """``scale * (x @ b.T) @ a``: what a low-rank update, or each of N on its run of rows, adds to a product: [T, K] -> [T, O]."""
     a, b, scale = w.a.astype(x.dtype), w.b.astype(x.dtype), w.scale.astype(x.dtype)
     if a.ndim == 2:
-        return jnp.einsum("tr,or->to", jnp.einsum("tk,rk->tr", x, b) * scale, a)
+        return jnp.einsum("tr,ro->to", jnp.einsum("tk,rk->tr", x, b) * scale, a)
     runs = x.reshape(a.shape[0], -1, x.shape[1])
     inner = jnp.einsum("ntk,rk->ntr" if b.ndim == 2 else "ntk,nrk->ntr", runs, b) * scale
-    return jnp.einsum("ntr,nor->nto", inner, a).reshape(x.shape[0], -1)
-
-
-def _updates(x: jax.Array, w: Weight) -> jax.Array | float:
-    """What all the low-rank updates on a weight add to its product; 0 when there are none."""
-    total: jax.Array | float = 0.0
-    while isinstance(w, LowRank):
-        total, w = total + _update(x, w), w.base
-    return total
+    return jnp.einsum("ntr,nro->nto", inner, a).reshape(x.shape[0], -1)
 
 
 def take(w: Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a weight: [O, K] at ids [T] -> [T, K]."""
     if isinstance(w, LowRank):
-        return take(w.base, ids, dtype) + ((w.a[ids] * w.scale) @ w.b).astype(dtype)
+        return take(w.base, ids, dtype) + ((w.a[:, ids].T * w.scale) @ w.b).astype(dtype)
     if isinstance(w, kernels.Tiled):
         return kernels.take_rows(w, ids, dtype)
     if isinstance(w, QArray):
@@ -81,14 +73,9 @@ def norm_linear(
     activation: Activation | None = None,
 ) -> tuple[jax.Array, ...]:
     """``activate(rms_norm(x) @ w.T + bias)`` for each of several weights. Without ``norm`` x is used as it is."""
-    if norm is not None and norm.ndim == 2:  # the kernels know one norm for all rows
-        x, norm = rms_norm(x, norm, eps), None
-    if all(isinstance(w, kernels.Tiled) for w in weights):
+    if all(uses_kernels(w) for w in weights):
         return kernels.norm_linear(x, norm, eps, weights, biases, activation=activation)
     normed = x if norm is None else rms_norm(x, norm, eps)
-    if activation is None and all(uses_kernels(w) for w in weights):  # one call for the bases, and what was added to them
-        products = kernels.norm_linear(x, norm, eps, [innermost(w) for w in weights], biases)
-        return tuple(y + _updates(normed, w) for y, w in zip(products, weights, strict=True))
     results = [_biased(matmul(normed, w), bias) for w, bias in zip(weights, biases, strict=True)]
     return tuple(y if activation is None else activate(y, activation) for y in results)
 
@@ -103,9 +90,7 @@ def gated(
     activation: Activation,
 ) -> jax.Array:
     """``activate(n @ gate.T + bias) * (n @ up.T + bias)`` of the normed input n (SwiGLU and its kin)."""
-    if norm is not None and norm.ndim == 2:
-        x, norm = rms_norm(x, norm, eps), None
-    if isinstance(gate, kernels.Tiled) and isinstance(up, kernels.Tiled):
+    if uses_kernels(gate) and uses_kernels(up):
         return kernels.gated(x, norm, eps, gate, up, activation, *biases)
     g, u = norm_linear(x, norm, eps, [gate, up], biases)
     return activate(g, activation) * u
@@ -115,12 +100,10 @@ def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Ar
     """``residual + x @ w.T + bias``; with a mesh ``axis`` the product is summed over it, each device holding part of the inputs.
 
     The bias is [O]; or [N, O], one for each of N equal runs of rows, as a `LowRank` has them."""
-    if bias is not None and bias.ndim == 2:  # the kernels know one bias for all rows
-        residual, bias = _biased(residual, bias), None
     if axis is not None:
         return residual + _biased(lax.psum(matmul(x, w), axis), bias)
     if uses_kernels(w):
-        return kernels.linear_add(x, innermost(w), bias, residual) + _updates(x, w)
+        return kernels.linear_add(x, w, bias, residual)
     return residual + _biased(matmul(x, w), bias)
 
 

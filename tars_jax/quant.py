@@ -45,9 +45,9 @@ class QArray:
 
 @struct.dataclass
 class LowRank:
-    """``base + scale * a @ b``: a LoRA adapter or an evolutionary perturbation on a weight. a: [O, r], b: [r, K].
+    """``base + scale * a.T @ b``: a LoRA adapter or an evolutionary perturbation on a weight. a: [r, O], b: [r, K].
 
-    With a: [N, O, r] it stands for N matrices on one base, and a product takes N equal runs of rows, one for each; b is then
+    With a: [N, r, O] it stands for N matrices on one base, and a product takes N equal runs of rows, one for each; b is then
     [N, r, K], or [r, K] where they share it. (EGGROLL, arXiv 2511.16652: a population costs one pass over the base.)
     """
 
@@ -120,7 +120,7 @@ def unpack(w: QArray) -> jax.Array:
 def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """The dense matrix [O, K] a weight stands for; [N, O, K] for a population of updates."""
     if isinstance(w, LowRank):
-        return (dequantize(w.base, jnp.float32) + w.scale * (w.a @ w.b)).astype(dtype)
+        return (dequantize(w.base, jnp.float32) + w.scale * (jnp.swapaxes(w.a, -1, -2) @ w.b)).astype(dtype)
     if not isinstance(w, QArray):
         return w.astype(dtype)
     codes = unpack(w).astype(jnp.float32).reshape(*w.scales.shape, w.group)

@@ -174,7 +174,7 @@ def test_a_swap_to_another_structure_compiles_before_it_changes(engine: Engine) 
     expected = text(engine, "hello")
     layers = engine.model.params.layers
     q = layers[0].q
-    zero = LowRank(q, jnp.zeros((q.shape[0], 1)), jnp.zeros((1, q.shape[1])), jnp.float32(1))
+    zero = LowRank(q, jnp.zeros((1, q.shape[0])), jnp.zeros((1, q.shape[1])), jnp.float32(1))
     changed = engine.model.params.replace(layers=(layers[0].replace(q=zero), *layers[1:]))
     assert engine.swap(changed) == 2
     assert text(engine, "hello") == expected

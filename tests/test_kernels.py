@@ -128,6 +128,56 @@ def test_gated(rows: int, activation: Any) -> None:
     np.testing.assert_allclose(y, np.asarray(gated) * (as_kernel_reads(x, up) @ dense(up).T), atol=1e-3)
 
 
+def numbers(*shape: int, seed: int) -> jax.Array:
+    return jnp.asarray(normals(*shape, seed=seed))
+
+
+def updated(base: Any, runs: int, rows: int, seed: int) -> quant.LowRank:
+    """On a weight [O, K] an update of rank 6, of which each row uses some ranks, and on that one of rank 3 for each run of rows."""
+    outputs, inputs = base.shape
+    scale = jnp.asarray(np.random.default_rng(seed).integers(0, 2, (rows, 6)).astype(np.float32))
+    first = quant.LowRank(base, 0.1 * numbers(6, outputs, seed=seed), 0.1 * numbers(6, inputs, seed=seed + 1), scale)
+    return quant.LowRank(first, 0.1 * numbers(runs, 3, outputs, seed=seed + 2), 0.1 * numbers(3, inputs, seed=seed + 3), jnp.float32(0.7))
+
+
+def added(x: np.ndarray, w: Any) -> np.ndarray:
+    """What the updates on a weight add to its product with x."""
+    if not isinstance(w, quant.LowRank):
+        return np.zeros((len(x), w.shape[0]), np.float32)
+    a, b = np.broadcast_to(w.a, (*w.a.shape[-3:-2], *w.a.shape[-2:])), np.asarray(w.b)
+    rows = a if a.ndim == 3 else a[None]
+    inner = np.asarray(w.scale) * (x @ b.T)
+    return np.einsum("tr,tro->to", inner, np.repeat(rows, len(x) // len(rows), axis=0)) + added(x, w.base)
+
+
+@pytest.mark.parametrize("each", [1, 5, 8, 11])
+def test_updates_norms_and_biases_of_runs_of_rows(each: int) -> None:
+    runs, rows = 3, 3 * each
+    x, norm, bias, residual = (normals(*shape, seed=i) for i, shape in enumerate(((rows, 96), (runs, 96), (runs, 37), (rows, 37))))
+    ws = weight((4, 32, 1, "float16"), 37, 96), weight((8, 16, 0, "float32"), 37, 96, seed=3)
+    tiled = [updated(kernels.pack_tiles(w), runs, rows, seed) for w, seed in zip(ws, (10, 20), strict=True)]
+    normed = np.asarray(ops.rms_norm(jnp.asarray(x), jnp.asarray(norm), EPS))
+    one, other = (as_kernel_reads(normed, w) @ dense(w).T + added(normed, t) for w, t in zip(ws, tiled, strict=True))
+    biases = np.repeat(bias, each, axis=0)
+    found = kernels.norm_linear(jnp.asarray(x), jnp.asarray(norm), EPS, tiled, [jnp.asarray(bias), None])
+    np.testing.assert_allclose(found[0], one + biases, atol=1e-2)
+    np.testing.assert_allclose(found[1], other, atol=1e-2)
+    gated = kernels.gated(jnp.asarray(x), jnp.asarray(norm), EPS, tiled[0], tiled[1], "relu", None, jnp.asarray(bias))
+    np.testing.assert_allclose(gated, np.maximum(one, 0) * (other + biases), atol=5e-2)
+    sums = kernels.linear_add(jnp.asarray(x), tiled[0], jnp.asarray(bias), jnp.asarray(residual))
+    expected = as_kernel_reads(x, ws[0]) @ dense(ws[0]).T + added(x, tiled[0]) + biases + residual
+    np.testing.assert_allclose(sums, expected, atol=1e-3)
+
+
+def test_a_row_with_updates_does_not_depend_on_its_batch() -> None:
+    x, w = numbers(12, 96, seed=1), updated(kernels.pack_tiles(weight(KINDS[0], 48, 96)), 3, 12, seed=5)
+    together = np.asarray(kernels.norm_linear(x, None, 0.0, [w])[0])
+    for i in (0, 5, 11):
+        below = dataclasses.replace(w.base, scale=w.base.scale[i : i + 1])
+        alone = kernels.norm_linear(x[i : i + 1], None, 0.0, [dataclasses.replace(w, base=below, a=w.a[i // 4])])[0]
+        np.testing.assert_array_equal(np.asarray(alone)[0], together[i])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_activations(dtype: str) -> None:
     w, x = weight((8, 32, 0, "float16"), 24, 64), jnp.asarray(normals(5, 64), dtype)
@@ -212,6 +262,37 @@ def test_blocks_in_one_call_are_the_calls_one_by_one(kind: Any, plain: bool, row
     for got, wanted in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         real = [i * pages + page for i in range(3) for page in range(1, pages)]  # padding may be written to page 0
         np.testing.assert_array_equal(got[np.asarray(real)], wanted[np.asarray(real)])
+
+
+def test_blocks_with_updates_norms_and_biases_of_runs_are_the_calls_one_by_one() -> None:
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    batch = jax.tree.map(jnp.asarray, ragged([(4, 1), (30, 5), (9, 2), (1, 4)], 4, 1, 4, np.random.default_rng(0)))
+    tokens, kind = batch.tokens.shape[0], (4, 32, 1, "float16")
+
+    def change(layer: model.Layer, seed: int) -> model.Layer:
+        names = "q", "v", "o", "gate", "up", "down"
+        weights = {name: updated(getattr(layer, name), 2, tokens, seed + i) for i, name in enumerate(names)}
+        norms = {name: 1 + 0.1 * numbers(2, 64, seed=seed) for name in ("attention_norm", "mlp_norm")}
+        return dataclasses.replace(layer, **weights, **norms, down_bias=numbers(2, 64, seed=seed + 9))
+
+    layers = [change(random_layer(config, kind, seed), 10 * seed) for seed in range(2)]
+    pages = int(batch.page_tables.max()) + 1
+    start = cache.init_cache(config, pages, 4, jnp.dtype("float32"), lambda shape, dtype: jnp.asarray(normals(*shape), dtype))
+    x = numbers(tokens, 64, seed=7)
+    found, _ = model.run_blocks(layers, config, x, batch, start, pages=pages, context=256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_fuses", lambda layer: False)
+        expected, _ = model.run_blocks(layers, config, x, batch, start, pages=pages, context=256)
+    used = int(batch.query_starts[-1])
+    np.testing.assert_array_equal(found[:used], expected[:used])
+
+
+def test_updates_of_wrong_sizes_are_refused() -> None:
+    w = kernels.pack_tiles(weight((4, 32, 1, "float16"), 20, 64))
+    for a, b in (((2, 19), (2, 64)), ((2, 20), (2, 63)), ((3, 2, 20), (2, 64))):
+        one = quant.LowRank(w, jnp.ones(a), jnp.ones(b), jnp.float32(1))
+        with pytest.raises(Exception, match="low-rank update has the wrong shape"):
+            jax.block_until_ready(kernels.norm_linear(jnp.ones((2, 64)), None, 0.0, [one]))
 
 
 def test_wrong_sizes_are_refused() -> None:

@@ -53,9 +53,9 @@ def test_take_gives_rows(bits: int, group: int, affine: bool) -> None:
 def test_low_rank_adds_to_a_quantised_base() -> None:
     base, dense = example(4, 32, True)
     rng = np.random.default_rng(2)
-    a, b, x = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((6, 2), (2, 64), (3, 64)))
+    a, b, x = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((2, 6), (2, 64), (3, 64)))
     w = LowRank(base, a, b, jnp.float32(0.5))
-    expected = x @ (dense + 0.5 * np.asarray(a @ b)).T
+    expected = x @ (dense + 0.5 * np.asarray(a.T @ b)).T
     np.testing.assert_allclose(matmul(x, w), expected, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(take(w, jnp.array([1]), jnp.float32), dequantize(w)[1:2], rtol=1e-5, atol=1e-5)
 
@@ -81,12 +81,12 @@ def test_columns_that_do_not_fill_a_group_are_refused() -> None:
 def test_a_population_of_updates_takes_equal_runs_of_rows(shared: bool, tiled: bool) -> None:
     base, dense = example(4, 32, True)
     rng = np.random.default_rng(3)
-    a, b = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((3, 6, 2), (2, 64) if shared else (3, 2, 64)))
+    a, b = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((3, 2, 6), (2, 64) if shared else (3, 2, 64)))
     x = rng.normal(size=(12, 64)).astype(np.float32)
     rows = [b if shared else b[n] for n in range(3)]
     weight = LowRank(LowRank(pack_tiles(base) if tiled else base, a[0], rows[0], jnp.float32(0.1)), a, b, jnp.float32(0.5))
-    below = dense + 0.1 * np.asarray(a[0] @ rows[0])
-    expected = [x[4 * n : 4 * n + 4] @ (below + 0.5 * np.asarray(a[n] @ rows[n])).T for n in range(3)]
+    below = dense + 0.1 * np.asarray(a[0].T @ rows[0])
+    expected = [x[4 * n : 4 * n + 4] @ (below + 0.5 * np.asarray(a[n].T @ rows[n])).T for n in range(3)]
     atol = 0.02 * max(np.abs(part).max() for part in expected) if tiled else 1e-3  # kernels round activations to 8 bits
     np.testing.assert_allclose(matmul(jnp.asarray(x), weight), np.concatenate(expected), rtol=1e-4, atol=atol)
 
@@ -94,7 +94,7 @@ def test_a_population_of_updates_takes_equal_runs_of_rows(shared: bool, tiled: b
 def test_updates_on_tiled_weights_join_the_fused_products() -> None:
     base, dense = example(8, 32, False)
     rng = np.random.default_rng(4)
-    a, b, x, residual = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((2, 6, 3), (3, 64), (8, 64), (8, 6)))
+    a, b, x, residual = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in ((2, 3, 6), (3, 64), (8, 64), (8, 6)))
     norm = jnp.asarray(rng.uniform(0.5, 1.5, 64).astype(np.float32))
     plain = LowRank(jnp.asarray(dense), a, b, jnp.float32(0.5))
     tiled = dataclasses.replace(plain, base=pack_tiles(base))

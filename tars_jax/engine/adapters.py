@@ -87,10 +87,10 @@ def fill_scales(params: Decoder, scales: jax.Array) -> Decoder:
 
 def _stack(base: Any, name: str, slots: Collection[Slot], ranks: int) -> LowRank:
     outputs, inputs = base.shape
-    a, b = np.zeros((outputs, ranks), np.float32), np.zeros((ranks, inputs), np.float32)
+    a, b = np.zeros((ranks, outputs), np.float32), np.zeros((ranks, inputs), np.float32)
     for slot in slots:
         if update := slot.adapter.updates.get(name):
-            a[:, slot.start : slot.start + update.rank] = update.a * np.float32(update.scale)
+            a[slot.start : slot.start + update.rank] = update.a.T * np.float32(update.scale)
             b[slot.start : slot.start + update.rank] = update.b
     return LowRank(base, jnp.asarray(a), jnp.asarray(b), None)
 

@@ -1,6 +1,6 @@
-"""The usual space of a search: low-rank updates of chosen matrices, ``W + scale * a @ b``.
+"""The usual space of a search: low-rank updates of chosen matrices, ``W + scale * a.T @ b``.
 
-``a`` [O, r] is searched and starts at zero, ``b`` [r, K] is fixed (`basis`). A member's noise on ``a`` is low-rank noise on W, as
+``a`` [r, O] is searched and starts at zero, ``b`` [r, K] is fixed (`basis`). A member's noise on ``a`` is low-rank noise on W, as
 in EGGROLL (arXiv 2511.16652), which draws both factors anew each generation, so that the sum of its updates soon has full rank;
 here the sum is itself an adapter of rank r, and what was evaluated is what is exported, to the bit.
 The scale follows each matrix's root mean square: a has no unit, and one step size suits all.
@@ -28,7 +28,7 @@ from tars_jax.model import Decoder
 from tars_jax.quant import LowRank, QArray, dequantize, innermost
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-Factors = dict[str, jax.Array]  # name of a matrix -> its ``a``: [O, r], or [N, O, r] for N members
+Factors = dict[str, jax.Array]  # name of a matrix -> its ``a``: [r, O], or [N, r, O] for N members
 
 
 @struct.dataclass
@@ -46,7 +46,7 @@ class LowRankUpdates:
         return self.rank * sum(self.outputs)
 
     def split(self, vectors: jax.Array) -> Factors:
-        """``a`` of every matrix: [D] -> [O, r] each, [N, D] -> [N, O, r]."""
+        """``a`` of every matrix: [D] -> [r, O] each, [N, D] -> [N, r, O]."""
         return dict(zip(self.b, _split(vectors, self.outputs, self.rank), strict=True))
 
     def updated(self, params: Decoder, vectors: jax.Array) -> Decoder:
@@ -57,7 +57,7 @@ class LowRankUpdates:
     def adapter(self, vector: jax.Array) -> Adapter:
         """The update as LoRA of this rank; nothing is rounded or cut off."""
         a = self.split(vector)
-        return Adapter({n: Update(np.asarray(a[n]), np.asarray(self.b[n]), float(self.scale[n])) for n in a}, "the evolved adapter")
+        return Adapter({n: Update(np.asarray(a[n]).T, np.asarray(self.b[n]), float(self.scale[n])) for n in a}, "the evolved adapter")
 
     def drift(self, vector: jax.Array) -> float:
         """Norm of an update over the norm of the matrices it changes."""
@@ -65,8 +65,8 @@ class LowRankUpdates:
         for name, a in self.split(vector).items():
             left, right = np.asarray(a, np.float64), np.asarray(self.b[name], np.float64)
             square = float(self.scale[name]) ** 2
-            moved += square * float(np.sum((left.T @ left) * (right @ right.T)))
-            total += square * self.rank * left.shape[0] * right.shape[1]
+            moved += square * float(np.sum((left @ left.T) * (right @ right.T)))
+            total += square * self.rank * left.shape[1] * right.shape[1]
         return math.sqrt(moved / total)
 
 
@@ -74,7 +74,7 @@ class LowRankUpdates:
 def _split(vectors: jax.Array, outputs: tuple[int, ...], rank: int) -> list[jax.Array]:
     ends = np.cumsum(outputs) * rank
     parts = jnp.split(vectors, ends[:-1].tolist(), axis=-1)
-    return [part.reshape(*vectors.shape[:-1], -1, rank) for part in parts]
+    return [part.reshape(*vectors.shape[:-1], rank, -1) for part in parts]
 
 
 def matrix_names(layers: Collection[int], matrices: Collection[str], config: ModelConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """The kernels as jax functions. Each is one custom call; what it computes stands beside it in plain operations."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,10 @@ import numpy as np
 from tars_jax.config import Activation
 from tars_jax.kernels import native
 from tars_jax.kernels.tiled import Format, Tiled
+from tars_jax.quant import LowRank, innermost
+
+Weight = Tiled | LowRank  # of a `Tiled`, or of another `LowRank` that is
+Arrays = list[jax.Array]
 
 ABSENT: Format = (0, 0, 0, 0, 0, 0)
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
@@ -31,7 +36,7 @@ class Block(NamedTuple):
     """A decoder block's arrays; those that a model lacks are None."""
 
     norms: Sequence[jax.Array | None]  # of the attention, of queries, of keys, of the feed-forward
-    weights: Sequence[Tiled | None]  # q, k, v, o, gate, up, down
+    weights: Sequence[Weight | None]  # q, k, v, o, gate, up, down
     biases: Sequence[jax.Array | None]  # theirs
 
 
@@ -47,7 +52,7 @@ def norm_linear(
     x: jax.Array,
     norm: jax.Array | None,
     eps: float,
-    weights: Sequence[Tiled],
+    weights: Sequence[Weight],
     biases: Sequence[jax.Array | None] | None = None,
     *,
     activation: Activation | None = None,
@@ -55,14 +60,15 @@ def norm_linear(
 ) -> tuple[jax.Array, ...]:
     """``activate(rms_norm(x, norm, eps) @ w.T + bias)`` for several weights [O_i, K]: [T, K] -> [T, O_i] each.
 
-    Without ``norm`` x is used as it is. ``out_dtype``: x's if not given.
+    Without ``norm`` x is used as it is. ``out_dtype``: x's if not given. A norm [N, K] or bias [N, O] has one for each of N equal runs
+    of rows, as a `LowRank` does. What low-rank updates add is computed in float32 from the rows as they are before they are quantised.
     """
     results = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype or x.dtype) for w in weights]
     biases = biases or [None] * len(weights)
     return tuple(_product(results, x, norm, eps, weights, biases, None, activation=activation))
 
 
-def linear_add(x: jax.Array, w: Tiled, bias: jax.Array | None, residual: jax.Array) -> jax.Array:
+def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array) -> jax.Array:
     """``residual + x @ w.T + bias``: [T, K], [T, O] -> [T, O] in the residual's dtype."""
     result = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
     out: jax.Array = _product([result], x, None, 0.0, [w], [bias], residual)[0]
@@ -73,8 +79,8 @@ def gated(
     x: jax.Array,
     norm: jax.Array | None,
     eps: float,
-    gate: Tiled,
-    up: Tiled,
+    gate: Weight,
+    up: Weight,
     activation: Activation,
     gate_bias: jax.Array | None = None,
     up_bias: jax.Array | None = None,
@@ -112,12 +118,14 @@ def blocks(
     heads. The rest as in `rope_write` and `attention`.
     """
     native.get()
-    arrays, formats = list[jax.Array](), list[Format]()
+    arrays, formats, updates = Arrays(), list[Format](), list[int]()
     for layer in layers:
         arrays += map(_optional, layer.norms)
         for w, bias in zip(layer.weights, layer.biases, strict=True):
-            arrays += [jnp.zeros(0, jnp.uint8) if w is None else w.data, _optional(bias)]
-            formats.append(ABSENT if w is None else w.format)
+            own, layout, count = _operand(w, bias)
+            arrays += own
+            formats.append(layout)
+            updates.append(count)
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, k_pages, v_pages)]
     call = jax.ffi.ffi_call("tars_blocks", results, input_output_aliases={8: 1, 9: 2}, vmap_method="sequential")
     cos, sin = rotation or (None, None)
@@ -125,6 +133,7 @@ def blocks(
     out = call(
         *(x, _optional(cos), _optional(sin), *slots, *rows, k_pages, v_pages, *arrays),
         formats=np.array(formats, np.int64).reshape(-1),
+        updates=np.array(updates, np.int64),
         first_pages=np.array(first_pages, np.int64),
         rotates=np.array(rotates, np.int64),
         heads=np.int64(heads),
@@ -181,7 +190,7 @@ def _product(
     x: jax.Array,
     norm: jax.Array | None,
     eps: float,
-    weights: Sequence[Tiled],
+    weights: Sequence[Weight],
     biases: Sequence[jax.Array | None],
     residual: jax.Array | None,
     *,
@@ -189,17 +198,28 @@ def _product(
     gated: bool = False,
 ) -> Sequence[jax.Array]:
     native.get()
-    operands = [array for w, bias in zip(weights, biases, strict=True) for array in (w.data, _optional(bias))]
+    operands, formats, updates = zip(*map(_operand, weights, biases), strict=True)
     attributes = {
-        "formats": np.array([w.format for w in weights], np.int64).reshape(-1),
+        "formats": np.array(formats, np.int64).reshape(-1),
+        "updates": np.array(updates, np.int64),
         "eps": np.float32(eps),
         "activation": np.int64(ACTIVATIONS[activation]),
         "gated": np.int64(gated),
     }
     extra = jnp.zeros(0, x.dtype) if residual is None else residual
     call = jax.ffi.ffi_call("tars_product", results, vmap_method="sequential")
-    out: Sequence[jax.Array] = call(x, _optional(norm), extra, *operands, **attributes)
+    out: Sequence[jax.Array] = call(x, _optional(norm), extra, *itertools.chain(*operands), **attributes)
     return out
+
+
+def _operand(w: Weight | None, bias: jax.Array | None) -> tuple[Arrays, Format, int]:
+    """A weight as the kernels read it: its data, its bias, then a, b and scale of every update; its layout; how many updates there are."""
+    base = innermost(w)
+    arrays = [jnp.zeros(0, jnp.uint8) if base is None else base.data, _optional(bias)]
+    while isinstance(w, LowRank):
+        arrays += map(_optional, (w.a, w.b, w.scale))
+        w = w.base
+    return arrays, ABSENT if base is None else base.format, len(arrays) // 3
 
 
 def _optional(x: jax.Array | None) -> jax.Array:

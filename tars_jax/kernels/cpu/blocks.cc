@@ -62,9 +62,9 @@ class BlockRunner {
         pages_(w.pages),
         project_({x, b.type, b.rows, b.width, w.attention_norm, b.eps,
                  {storing(w.q, m.q, b.type), storing(w.k, m.k, b.type), storing(w.v, m.v, b.type)}, false}),
-        output_({m.heads, b.type, b.rows, w.o.format.inputs, nullptr, 0.0f, {storing(w.o, m.middle, b.type, x)}, false}),
+        output_({m.heads, b.type, b.rows, w.o.format.inputs, {}, 0.0f, {storing(w.o, m.middle, b.type, x)}, false}),
         widen_(widening(b, w, m)),
-        narrow_({m.inner, b.type, b.rows, w.down.format.inputs, nullptr, 0.0f, {storing(w.down, b.out, b.type, m.middle)}, false}) {
+        narrow_({m.inner, b.type, b.rows, w.down.format.inputs, {}, 0.0f, {storing(w.down, b.out, b.type, m.middle)}, false}) {
     write_.q.in = write_.q_out = m.q;
     write_.k.in = m.k;
     write_.v.in = m.v;

@@ -7,16 +7,16 @@
 
 namespace tars {
 
-// One block. Of the operands format, data and biases are given.
+// One block. Of the operands format, data, biases and updates are given.
 struct Block {
-  const float* attention_norm;
+  RunFloats attention_norm;
   Operand q, k, v;
   const float* q_norm;  // null: none
   const float* k_norm;
   bool rotates;
   LayerPages pages;
   Operand o;
-  const float* mlp_norm;
+  RunFloats mlp_norm;
   Operand gate, up, down;  // gate.data is null in models without one
 };
 

@@ -54,33 +54,76 @@ Format format_of(ffi::Span<const int64_t> fields, size_t i) {
   return {f[0], f[1], f[2], static_cast<DType>(f[3]), f[4], f[5]};
 }
 
-// Data and bias of a weight stand at `at` and after it.
-ffi::Error read_operand(ffi::RemainingArgs args, size_t at, const Format& format, Operand* out) {
-  ffi::AnyBuffer data = *args.get<ffi::AnyBuffer>(at), bias = *args.get<ffi::AnyBuffer>(at + 1);
-  if (static_cast<int64_t>(data.size_bytes()) != format.tiles() * format.tile_bytes()) return invalid("packed weight has the wrong size");
-  *out = {format, static_cast<const uint8_t*>(data.untyped_data()), {}};
-  out->finish.bias = optional_floats(bias);
-  out->finish.outputs = format.outputs;
+// An array of `rank` dimensions for all rows; or with one more before them, its members for equal runs of the rows.
+bool read_runs(const ffi::AnyBuffer& b, int64_t rank, int64_t rows, RunFloats* out) {
+  *out = {};
+  if (!b.element_count()) return true;
+  const int64_t runs = static_cast<int64_t>(b.dimensions().size()) > rank ? b.dimensions()[0] : 1;
+  if (rows % runs) return false;
+  *out = {optional_floats(b), std::max<int64_t>(rows / runs, 1), static_cast<int64_t>(b.element_count()) / runs};
+  return true;
+}
+
+// Arguments that are read one after the other.
+class Arguments {
+ public:
+  explicit Arguments(ffi::RemainingArgs args) : args_(args) {}
+  bool has(size_t count) const { return at_ + count <= args_.size(); }
+  bool done() const { return at_ == args_.size(); }
+  void skip(size_t count) { at_ += count; }
+  ffi::AnyBuffer next() { return *args_.get<ffi::AnyBuffer>(at_++); }
+
+ private:
+  const ffi::RemainingArgs args_;
+  size_t at_ = 0;
+};
+
+// a [(N,) ranks, outputs], b [(N,) ranks, inputs], scale: one number, or [rows, ranks].
+ffi::Error read_update(Arguments& args, const Format& format, int64_t rows, LowRank* out) {
+  const ffi::AnyBuffer a = args.next(), b = args.next(), scale = args.next();
+  out->ranks = b.dimensions()[b.dimensions().size() - 2];
+  const bool fits = read_runs(a, 2, rows, &out->a) && read_runs(b, 2, rows, &out->b);
+  const int64_t scales = static_cast<int64_t>(scale.element_count());
+  if (!fits || out->ranks < 1 || out->a.size != out->ranks * format.outputs || out->b.size != out->ranks * format.inputs ||
+      (scales != 1 && scales != rows * out->ranks))
+    return invalid("a low-rank update has the wrong shape");
+  out->scale = optional_floats(scale);
+  out->scale_row = scales == 1 ? 0 : out->ranks;
+  out->scale_rank = scales == 1 ? 0 : 1;
   return ffi::Error::Success();
 }
 
-// Arguments: x, norm, residual, then (data, bias) of each weight. Results: one per weight, or one if gated.
-ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Span<const int64_t> formats,
-                   float eps, int64_t activation, int64_t gated) {
-  const size_t weights = formats.size() / kFormatFields;
-  if (args.size() != 3 + 2 * weights || results.size() != (gated ? 1 : weights)) return invalid("wrong number of arrays");
-  ffi::AnyBuffer x = *args.get<ffi::AnyBuffer>(0), norm = *args.get<ffi::AnyBuffer>(1), residual = *args.get<ffi::AnyBuffer>(2);
+// Data and bias of a weight, then its updates.
+ffi::Error read_operand(Arguments& args, const Format& format, int64_t updates, int64_t rows, Operand* out) {
+  if (!args.has(2 + 3 * updates)) return invalid("wrong number of arrays");
+  const ffi::AnyBuffer data = args.next(), bias = args.next();
+  if (static_cast<int64_t>(data.size_bytes()) != format.tiles() * format.tile_bytes()) return invalid("packed weight has the wrong size");
+  *out = {format, static_cast<const uint8_t*>(data.untyped_data()), {}, std::vector<LowRank>(updates)};
+  if (!read_runs(bias, 1, rows, &out->finish.bias)) return invalid("a bias has the wrong shape");
+  out->finish.outputs = format.outputs;
+  for (LowRank& update : out->updates)
+    if (ffi::Error error = read_update(args, format, rows, &update); error.failure()) return error;
+  return ffi::Error::Success();
+}
+
+// Arguments: x, norm, residual, then those of each weight. Results: one per weight, or one if gated.
+ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs arrays, ffi::RemainingRets results, ffi::Span<const int64_t> formats,
+                   ffi::Span<const int64_t> updates, float eps, int64_t activation, int64_t gated) {
+  const size_t weights = updates.size();
+  Arguments args(arrays);
+  if (!args.has(3) || formats.size() != weights * kFormatFields || results.size() != (gated ? 1 : weights)) return invalid("wrong number of arrays");
+  const ffi::AnyBuffer x = args.next(), norm = args.next(), residual = args.next();
   Product p;
   if (!dtype_of(x.element_type(), &p.x_type)) return invalid("activations must be float32, float16 or bfloat16");
   p.x = x.untyped_data();
   p.rows = x.dimensions()[0];
   p.inputs = x.dimensions()[1];
-  p.norm = optional_floats(norm);
+  if (!read_runs(norm, 1, p.rows, &p.norm)) return invalid("a norm has the wrong shape");
   p.eps = eps;
   p.gated = gated;
   for (size_t i = 0; i < weights; ++i) {
     Operand o;
-    if (ffi::Error error = read_operand(args, 3 + 2 * i, format_of(formats, i), &o); error.failure()) return error;
+    if (ffi::Error error = read_operand(args, format_of(formats, i), updates.begin()[i], p.rows, &o); error.failure()) return error;
     if (o.format.inputs != p.inputs) return invalid("weight and activations differ in inputs");
     if (!gated || i == 0) {
       ffi::Result<ffi::AnyBuffer> out = *results.get<ffi::AnyBuffer>(i);
@@ -94,8 +137,9 @@ ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::Re
     } else {
       p.operands[0].finish.other_bias = o.finish.bias;
     }
-    p.operands.push_back(o);
+    p.operands.push_back(std::move(o));
   }
+  if (!args.done()) return invalid("wrong number of arrays");
   XlaPool pool(thread_pool);
   run_product(pool, std::move(p));
   return ffi::Error::Success();
@@ -192,15 +236,21 @@ ffi::Error rope_write(ffi::ThreadPool thread_pool, ffi::AnyBuffer q, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
-constexpr size_t kBlockNorms = 4, kBlockWeights = 7, kBlockArrays = kBlockNorms + 2 * kBlockWeights;
+constexpr size_t kBlockNorms = 4, kBlockWeights = 7;
 
-// The arrays of a block: norms of the attention, of queries, of keys and of the feed-forward; then data and bias of q, k, v, o, gate, up, down.
-ffi::Error read_block(ffi::RemainingArgs args, size_t at, ffi::Span<const int64_t> formats, size_t first_format, const Blocks& b, Block* w) {
+// The arrays of a block: norms of the attention, of queries, of keys and of the feed-forward; then those of q, k, v, o, gate, up, down.
+ffi::Error read_block(Arguments& args, ffi::Span<const int64_t> formats, ffi::Span<const int64_t> updates, size_t first, const Blocks& b, Block* w) {
+  if (!args.has(kBlockNorms)) return invalid("wrong number of arrays");
+  const ffi::AnyBuffer attention_norm = args.next();
+  w->q_norm = optional_floats(args.next());
+  w->k_norm = optional_floats(args.next());
+  if (!read_runs(attention_norm, 1, b.rows, &w->attention_norm) || !read_runs(args.next(), 1, b.rows, &w->mlp_norm))
+    return invalid("a norm has the wrong shape");
   Operand* operands[kBlockWeights] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
   for (size_t i = 0; i < kBlockWeights; ++i) {
-    const Format f = format_of(formats, first_format + i);
-    if (operands[i] == &w->gate && !f.bits) continue;
-    if (ffi::Error error = read_operand(args, at + kBlockNorms + 2 * i, f, operands[i]); error.failure()) return error;
+    const Format f = format_of(formats, first + i);
+    if (operands[i] == &w->gate && !f.outputs) args.skip(2);
+    else if (ffi::Error error = read_operand(args, f, updates.begin()[first + i], b.rows, operands[i]); error.failure()) return error;
   }
   const AttentionTask& a = b.attention.base;
   const int64_t q = a.heads * a.head_dim, kv = a.kv_heads * a.head_dim, D = b.width, F = w->up.format.outputs;
@@ -209,20 +259,18 @@ ffi::Error read_block(ffi::RemainingArgs args, size_t at, ffi::Span<const int64_
     const Operand& o = *operands[i];
     if (o.data && (o.format.outputs != shapes[i][0] || o.format.inputs != shapes[i][1])) return invalid("a block's weight has the wrong shape");
   }
-  const float** norms[kBlockNorms] = {&w->attention_norm, &w->q_norm, &w->k_norm, &w->mlp_norm};
-  for (size_t i = 0; i < kBlockNorms; ++i) *norms[i] = optional_floats(*args.get<ffi::AnyBuffer>(at + i));
   return ffi::Error::Success();
 }
 
 // Arguments after the pages: `read_block`'s of each block. first_pages: where each block's pages begin in the cache.
 ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer cos, ffi::AnyBuffer sin, Int32s slot_pages, Int32s slot_offsets,
                   Int32s query_starts, Int32s kv_lengths, Int32s page_tables, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
-                  ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
-                  ffi::Span<const int64_t> formats, ffi::Span<const int64_t> first_pages, ffi::Span<const int64_t> rotates, int64_t heads,
+                  ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
+                  ffi::Span<const int64_t> formats, ffi::Span<const int64_t> updates, ffi::Span<const int64_t> first_pages, ffi::Span<const int64_t> rotates, int64_t heads,
                   int64_t head_dim, int64_t activation, int64_t window, float scale, float softcap, float eps) {
   const size_t count = first_pages.size();
-  if (args.size() != count * kBlockArrays || formats.size() != count * kBlockWeights * kFormatFields || rotates.size() != count)
-    return invalid("wrong number of arrays");
+  const size_t weights = count * kBlockWeights;
+  if (formats.size() != weights * kFormatFields || updates.size() != weights || rotates.size() != count) return invalid("wrong number of arrays");
   Blocks b{};
   AttentionTask& t = b.attention.base;
   if (!dtype_of(x.element_type(), &b.type) || out->element_type() != x.element_type() || !describe_cache(k_pages, v_pages, head_dim, &t))
@@ -244,14 +292,16 @@ ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   describe_write(b.type, b.rows, heads, t, eps, cos, sin, slot_pages, slot_offsets, &b.write);
   const int64_t page_bytes = t.kv_heads * t.page * cache_bytes(t.cache_type, head_dim), last = k_pages.dimensions()[0];
   b.blocks.resize(count);
+  Arguments args(arrays);
   for (size_t i = 0; i < count; ++i) {
     Block& w = b.blocks[i];
-    if (ffi::Error error = read_block(args, i * kBlockArrays, formats, i * kBlockWeights, b, &w); error.failure()) return error;
+    if (ffi::Error error = read_block(args, formats, updates, i * kBlockWeights, b, &w); error.failure()) return error;
     const int64_t first = first_pages.begin()[i];
     if (first < 0 || first >= last) return invalid("a block's pages are outside the cache");
     w.pages = {static_cast<char*>(k_out->untyped_data()) + first * page_bytes, static_cast<char*>(v_out->untyped_data()) + first * page_bytes};
     w.rotates = rotates.begin()[i];
   }
+  if (!args.done()) return invalid("wrong number of arrays");
   XlaPool pool(thread_pool);
   run_blocks(pool, b);
   return ffi::Error::Success();
@@ -284,14 +334,14 @@ using Int64s = xla::ffi::Span<const int64_t>;
 #pragma GCC visibility push(default)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_product, tars::product,
-                              Ffi::Bind().Ctx<ThreadPool>().RemainingArgs().RemainingRets().Attr<Int64s>("formats").Attr<float>("eps")
+                              Ffi::Bind().Ctx<ThreadPool>().RemainingArgs().RemainingRets().Attr<Int64s>("formats").Attr<Int64s>("updates").Attr<float>("eps")
                                   .Attr<int64_t>("activation").Attr<int64_t>("gated"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_blocks, tars::blocks,
                               Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()
                                   .Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<AnyBuffer>().Arg<AnyBuffer>()
                                   .RemainingArgs().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<Int64s>("formats")
-                                  .Attr<Int64s>("first_pages").Attr<Int64s>("rotates").Attr<int64_t>("heads").Attr<int64_t>("head_dim")
+                                  .Attr<Int64s>("updates").Attr<Int64s>("first_pages").Attr<Int64s>("rotates").Attr<int64_t>("heads").Attr<int64_t>("head_dim")
                                   .Attr<int64_t>("activation").Attr<int64_t>("window").Attr<float>("scale").Attr<float>("softcap")
                                   .Attr<float>("eps"));
 

@@ -15,6 +15,6 @@ static bool native_pairs() {
 #endif
 }
 
-static const Kernels table = {TARS_ISA_NAME, native_pairs, pick_dot, read_row, fill_panel, finish_tile, attend, merge, rotate};
+static const Kernels table = {TARS_ISA_NAME, native_pairs, pick_dot, read_row, fill_panel, project, add_update, finish_tile, attend, merge, rotate};
 
 }  // namespace tars::TARS_ISA

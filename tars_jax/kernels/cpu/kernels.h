@@ -1,5 +1,7 @@
 // The table of inner loops one instruction set provides, and the choice among them.
 #pragma once
+#include <limits>
+
 #include "format.h"
 
 namespace tars {
@@ -17,10 +19,25 @@ struct Ahead {
   int64_t turn, turns;
 };
 
+// Numbers that rows share: those of rows [0, rows) first, then those of the next run of so many rows, each run's `size` long.
+struct RunFloats {
+  const float* data = nullptr;  // null: none
+  int64_t rows = 0, size = 0;
+  const float* of(int64_t row) const { return data ? data + row / rows * size : nullptr; }
+  int64_t left(int64_t row) const { return data ? rows - row % rows : std::numeric_limits<int64_t>::max() / 2; }  // of the run, from this row on
+};
+
+// A low-rank update of a matrix, `a.T @ diag(scale) @ b`.
+struct LowRank {
+  int64_t ranks;
+  RunFloats a, b;      // [ranks, outputs], [ranks, inputs]
+  const float* scale;  // of (row, rank) at row * scale_row + rank * scale_rank
+  int64_t scale_row, scale_rank;
+};
+
 struct Finish {  // what happens to a tile's sums before they are stored
   Activation activation;
-  const float* bias;
-  const float* other_bias;
+  RunFloats bias, other_bias;
   const void* residual;
   DType residual_type;
   void* out;
@@ -74,6 +91,10 @@ struct Kernels {
   Dot (*pick_dot)(const Format& w, bool pairs);
   void (*read_row)(const void* x, DType type, int64_t inputs, const float* norm, float eps, float* out);
   void (*fill_panel)(const float* x, int64_t inputs, int row, const PanelBuffers& out);
+  // For a row's `inputs` numbers what an update makes of them before `a`: [ranks].
+  void (*project)(const LowRank& update, const float* x, int64_t inputs, int64_t row, float* out);
+  // Adds to a tile's sums what `a` makes of that; of row r of the panel it stands at r * step.
+  void (*add_update)(const LowRank& update, const float* projected, int64_t step, int rows, int lanes, int64_t row, int64_t column, float* sums);
   void (*finish_tile)(const Finish& f, const float* sums, const float* other, int rows, int lanes, int64_t row, int64_t column);
   void (*attend)(const AttentionTask& task, float* scratch);  // attention_scratch(head_dim) floats
   void (*merge)(const AttentionTask& task, int64_t segments);  // of the first segment's task; the others' partials follow

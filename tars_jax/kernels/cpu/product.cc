@@ -11,8 +11,15 @@ constexpr int64_t kFewRows = 64, kRowsPerTask = 2;  // few rows are prepared two
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+int lanes_in(const Format& f, int64_t tile) { return static_cast<int>(std::min<int64_t>(kLanes, f.outputs - tile * kLanes)); }
 
 }  // namespace
+
+int64_t Operand::ranks() const {
+  int64_t total = 0;
+  for (const LowRank& update : updates) total += update.ranks;
+  return total;
+}
 
 ProductRunner::ProductRunner(Product p) : p_(std::move(p)), k_(kernels()), panels_(ceil_div(p_.rows, kPanel)) {
   for (const Operand& o : p_.operands) {
@@ -22,13 +29,14 @@ ProductRunner::ProductRunner(Product p) : p_(std::move(p)), k_(kernels()), panel
     want_pairs_ |= pairs;
     want_floats_ |= !o.format.quantized() && !pairs;
     bytes_ += o.format.tiles() * o.format.tile_bytes();
+    ranks_ += o.ranks();
     if (!p_.gated || dots_.size() == 1) total_tiles_ += o.format.tiles();
   }
   twins_ = p_.gated && dots_[0].two && dots_[0].two == dots_[1].two && p_.operands[0].format.tile_bytes() == p_.operands[1].format.tile_bytes();
   groups_size_ = want_groups_ ? ceil_div(p_.inputs, kGroup) * kPanel * sizeof(ActivationGroup) : 0;
   floats_size_ = want_floats_ ? round_up(p_.inputs, 2) * kPanel * sizeof(float) : 0;
   pairs_size_ = want_pairs_ ? round_up(p_.inputs, 2) / 2 * kPanel * sizeof(uint32_t) : 0;
-  panel_size_ = round_up(groups_size_ + floats_size_ + pairs_size_, 64);
+  panel_size_ = round_up(groups_size_ + floats_size_ + pairs_size_ + ranks_ * kPanel * sizeof(float), 64);
 }
 
 double ProductRunner::seconds() const {
@@ -76,14 +84,35 @@ PanelBuffers ProductRunner::buffers(int64_t panel) const {
           want_pairs_ ? reinterpret_cast<uint32_t*>(at + groups_size_ + floats_size_) : nullptr};
 }
 
+// What the updates' `b` make of a panel's rows: [kPanel][ranks_], one operand's after the other's.
+float* ProductRunner::projected(int64_t panel) const {
+  return reinterpret_cast<float*>(memory_ + panel * panel_size_ + groups_size_ + floats_size_ + pairs_size_);
+}
+
 int ProductRunner::rows_in(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kPanel, p_.rows - panel * kPanel)); }
 
 void ProductRunner::prepare(int64_t begin, int64_t end) const {
   static thread_local Scratch scratch;
   float* row = static_cast<float*>(scratch.get(round_up(p_.inputs, kGroup) * sizeof(float)));
   for (int64_t r = begin; r < end; ++r) {
-    k_.read_row(static_cast<const char*>(p_.x) + r * p_.inputs * size_of(p_.x_type), p_.x_type, p_.inputs, p_.norm, p_.eps, row);
+    k_.read_row(static_cast<const char*>(p_.x) + r * p_.inputs * size_of(p_.x_type), p_.x_type, p_.inputs, p_.norm.of(r), p_.eps, row);
     k_.fill_panel(row, p_.inputs, static_cast<int>(r % kPanel), buffers(r / kPanel));
+    float* out = projected(r / kPanel) + r % kPanel * ranks_;
+    for (const Operand& o : p_.operands)
+      for (const LowRank& update : o.updates) {
+        k_.project(update, row, p_.inputs, r, out);
+        out += update.ranks;
+      }
+  }
+}
+
+void ProductRunner::update(size_t operand, int64_t panel, int64_t tile, float* sums) const {
+  const float* from = projected(panel);
+  for (size_t before = 0; before < operand; ++before) from += p_.operands[before].ranks();
+  const Operand& o = p_.operands[operand];
+  for (const LowRank& update : o.updates) {
+    k_.add_update(update, from, ranks_, rows_in(panel), lanes_in(o.format, tile), panel * kPanel, tile * kLanes, sums);
+    from += update.ranks;
   }
 }
 
@@ -110,9 +139,9 @@ void ProductRunner::multiply_tiles(int64_t row_block, size_t operand, int64_t ti
     const PanelBuffers b = buffers(panel);
     const Panel x{b.groups, b.floats, b.pairs};
     const int rows = rows_in(panel);
-    const auto finish = [&](int64_t at, const float* found, const float* other) {
-      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, o.format.outputs - at * kLanes));
-      k_.finish_tile(o.finish, found, other, rows, lanes, panel * kPanel, at * kLanes);
+    const auto finish = [&](int64_t at, float* found, const float* other) {
+      update(operand, panel, at, found);
+      k_.finish_tile(o.finish, found, other, rows, lanes_in(o.format, at), panel * kPanel, at * kLanes);
     };
     if (count == 2 || (p_.gated && twins_)) {
       dots_[operand].two(tiles, o.format.blocks(), {count * bytes, panel - first, last - first}, x, rows, out);
@@ -120,6 +149,7 @@ void ProductRunner::multiply_tiles(int64_t row_block, size_t operand, int64_t ti
       dots_[operand].one(tiles, o.format.blocks(), {bytes, panel - first, last - first}, x, rows, out);
       if (p_.gated) dots_[1].one(tiles + 1, second.format.blocks(), {second.format.tile_bytes(), panel - first, last - first}, x, rows, out + 1);
     }
+    if (p_.gated) update(1, panel, tile, sums[1]);
     finish(tile, sums[0], p_.gated ? sums[1] : nullptr);
     if (count == 2) finish(tile + 1, sums[1], nullptr);
   }

@@ -11,13 +11,16 @@ struct Operand {
   Format format;
   const uint8_t* data;
   Finish finish;
+  std::vector<LowRank> updates;
+
+  int64_t ranks() const;  // of all updates
 };
 
 struct Product {
   const void* x;  // [rows, inputs]
   DType x_type;
   int64_t rows, inputs;
-  const float* norm;  // null: no normalisation
+  RunFloats norm;
   float eps;
   std::vector<Operand> operands;
   bool gated;  // two operands: the second multiplies the first's activated result
@@ -40,6 +43,8 @@ class ProductRunner {
   void fetch(int64_t chunk) const;
   void multiply(int64_t row_block, int64_t chunk) const;
   void multiply_tiles(int64_t row_block, size_t operand, int64_t tile, int64_t count) const;
+  float* projected(int64_t panel) const;
+  void update(size_t operand, int64_t panel, int64_t tile, float* sums) const;
 
   const Product p_;
   const Kernels& k_;
@@ -49,6 +54,7 @@ class ProductRunner {
   bool want_groups_ = false, want_floats_ = false, want_pairs_ = false;
   bool twins_ = false;  // gate and up are of one format
   int64_t bytes_ = 0, total_tiles_ = 0;
+  int64_t ranks_ = 0;  // of all operands' updates
   int64_t groups_size_ = 0, floats_size_ = 0, pairs_size_ = 0, panel_size_ = 0;
   char* memory_ = nullptr;
 };

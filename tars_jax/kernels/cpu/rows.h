@@ -1,5 +1,6 @@
 // Activation rows: normalised, quantised or spread into panels before a product; biased, activated and stored after it.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
@@ -111,21 +112,76 @@ TARS_INLINE Floats activate(Activation kind, Floats x) {
   }
 }
 
+// Scalar products of x and `count` rows of b.
+template <int count>
+TARS_INLINE void dots(const float* x, const float* b, int64_t inputs, float* out) {
+  Floats sums[count];
+  for (int i = 0; i < count; ++i) sums[i] = splat(0.0f);
+  const int64_t whole = inputs / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    const Floats v = load(x + k);
+    for (int i = 0; i < count; ++i) sums[i] = fma(v, load(b + i * inputs + k), sums[i]);
+  }
+  const int rest = static_cast<int>(inputs - whole);
+  for (int i = 0; i < count; ++i) {
+    if (rest) sums[i] = fma(load_some(DType::kF32, x + whole, rest), load_some(DType::kF32, b + i * inputs + whole, rest), sums[i]);
+    out[i] = sum(sums[i]);
+  }
+}
+
+// Ranks whose scale is 0, such as those of adapters that a row does not use, cost nothing and stay 0.
+static void project(const LowRank& update, const float* x, int64_t inputs, int64_t row, float* out) {
+  constexpr int64_t kAtOnce = 4;
+  const float* b = update.b.of(row);
+  for (int64_t first = 0; first < update.ranks; first += kAtOnce) {
+    const int64_t count = std::min(kAtOnce, update.ranks - first);
+    float scales[kAtOnce] = {};
+    for (int64_t i = 0; i < count; ++i) scales[i] = update.scale[row * update.scale_row + (first + i) * update.scale_rank];
+    float* found = out + first;
+    if (std::all_of(scales, scales + kAtOnce, [](float scale) { return scale != 0.0f; })) {
+      dots<kAtOnce>(x, b + first * inputs, inputs, found);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        found[i] = 0.0f;
+        if (scales[i] != 0.0f) dots<1>(x, b + (first + i) * inputs, inputs, found + i);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) found[i] *= scales[i];
+  }
+}
+
+static void add_update(const LowRank& update, const float* projected, int64_t step, int rows, int lanes, int64_t row, int64_t column, float* sums) {
+  const int64_t outputs = update.a.size / update.ranks;
+  for (int r = 0; r < rows;) {
+    const float* a = update.a.of(row + r) + column;
+    for (const int end = static_cast<int>(std::min<int64_t>(rows, r + update.a.left(row + r))); r < end; ++r) {
+      Floats y = load(sums + r * kLanes);
+      for (int64_t rank = 0; rank < update.ranks; ++rank) {
+        const float factor = projected[r * step + rank];
+        if (factor != 0.0f) y = fma(splat(factor), load_some(DType::kF32, a + rank * outputs, lanes), y);
+      }
+      store(sums + r * kLanes, y);
+    }
+  }
+}
+
+TARS_INLINE Floats bias_of(const RunFloats& biases, int64_t row, int64_t column, int lanes) {
+  return biases.data ? load_some(DType::kF32, biases.of(row) + column, lanes) : splat(0.0f);
+}
+
 // A tile's sums for some rows [rows][16] to the output matrix: bias, activation, times `other` (a gated product), plus residual.
 static void finish_tile(const Finish& f, const float* sums, const float* other, int rows, int lanes, int64_t row, int64_t column) {
-  Floats bias = splat(0.0f), other_bias = splat(0.0f);
-  if (f.bias) bias = load_some(DType::kF32, f.bias + column, lanes);
-  if (f.other_bias) other_bias = load_some(DType::kF32, f.other_bias + column, lanes);
   const int64_t in_size = size_of(f.residual_type), out_size = size_of(f.out_type);
-  for (int r = 0; r < rows; ++r) {
-    Floats y = activate(f.activation, load(sums + r * kLanes) + bias);
-    if (other) y = y * (load(other + r * kLanes) + other_bias);
-    const int64_t at = (row + r) * f.outputs + column;
-    if (f.residual) {
-      const char* p = static_cast<const char*>(f.residual) + at * in_size;
-      y = y + load_some(f.residual_type, p, lanes);
+  for (int r = 0; r < rows;) {
+    const Floats bias = bias_of(f.bias, row + r, column, lanes), other_bias = bias_of(f.other_bias, row + r, column, lanes);
+    const int64_t shared = std::min(f.bias.left(row + r), f.other_bias.left(row + r));
+    for (const int end = static_cast<int>(std::min<int64_t>(rows, r + shared)); r < end; ++r) {
+      Floats y = activate(f.activation, load(sums + r * kLanes) + bias);
+      if (other) y = y * (load(other + r * kLanes) + other_bias);
+      const int64_t at = (row + r) * f.outputs + column;
+      if (f.residual) y = y + load_some(f.residual_type, static_cast<const char*>(f.residual) + at * in_size, lanes);
+      store_some(f.out_type, static_cast<char*>(f.out) + at * out_size, y, lanes);
     }
-    store_some(f.out_type, static_cast<char*>(f.out) + at * out_size, y, lanes);
   }
 }
 
