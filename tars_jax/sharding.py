@@ -74,7 +74,11 @@ def shard(params: Decoder, config: ModelConfig, mesh: Mesh) -> Decoder:
         if isinstance(leaf, LowRank):
             raise InvalidRequest("a model with adapters cannot be split over devices")
         split = wanted.get(leaf_name(path), PartitionSpec())
-        return split_tiles(leaf, mesh.size, axis=split.index(AXIS)) if isinstance(leaf, Tiled) and AXIS in split else leaf
+        if not isinstance(leaf, Tiled):
+            return leaf
+        if AXIS not in split:
+            return dataclasses.replace(leaf, data=leaf.tiles, offset=0)
+        return split_tiles(leaf, mesh.size, axis=split.index(AXIS))
 
     params = jax.tree_util.tree_map_with_path(cut, params, is_leaf=_is_weight)
     return jax.tree.map(lambda array, split: jax.device_put(array, NamedSharding(mesh, split)), params, partitions(params, config))

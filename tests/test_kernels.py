@@ -61,6 +61,10 @@ def normals(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def numbers(*shape: int, seed: int) -> jax.Array:
+    return jnp.asarray(normals(*shape, seed=seed))
+
+
 def as_kernel_reads(x: np.ndarray, w: Any) -> np.ndarray:
     """Activations as the kernel multiplies them: int8 in groups of 32 for quantised weights, else as they are."""
     if not isinstance(w, quant.QArray):
@@ -84,6 +88,29 @@ def test_tiles_hold_the_weight(kind: Any) -> None:
     np.testing.assert_allclose(kernels.untile(tiled), dense(w), atol=1e-6)
     ids = np.array([36, 0, 17, 5], np.int32)
     np.testing.assert_allclose(kernels.take_rows(tiled, jnp.asarray(ids)), dense(w)[ids], atol=1e-6)
+
+
+def test_weights_in_one_arena_are_the_weights_alone() -> None:
+    ws = {"a": weight((4, 32, 1, "float16"), 37, 96), "b": weight("bfloat16", 16, 64), "c": weight((8, 32, 0, "float16"), 5, 96)}
+    alone = {name: jax.tree.map(jnp.asarray, kernels.pack_tiles(w)) for name, w in ws.items()}
+    sizes = {name: w.nbytes for name, w in alone.items()} | {"c": 1}  # which has no room, then
+    arena = kernels.Arena(sizes)
+    together = arena.finish({name: arena.pack(name, w) for name, w in ws.items()})
+    assert together["a"].data is together["b"].data is not together["c"].data
+    x, ids = numbers(3, 96, seed=1), jnp.array([4, 0], jnp.int32)
+    for name, w in together.items():
+        assert w.nbytes == alone[name].nbytes
+        np.testing.assert_array_equal(kernels.untile(w), kernels.untile(alone[name]))
+        np.testing.assert_array_equal(kernels.take_rows(w, ids), kernels.take_rows(alone[name], ids))
+    for found, w in zip(kernels.norm_linear(x, None, 0.0, [together["c"], together["a"]]), (alone["c"], alone["a"]), strict=True):
+        np.testing.assert_array_equal(found, kernels.norm_linear(x, None, 0.0, [w])[0])
+
+
+def test_tiles_outside_of_their_array_are_refused() -> None:
+    w = kernels.pack_tiles(weight((4, 32, 1, "float16"), 20, 64))
+    beyond = dataclasses.replace(w, data=jnp.asarray(w.data).reshape(-1), offset=64)
+    with pytest.raises(Exception, match="packed weight has the wrong size"):
+        jax.block_until_ready(kernels.norm_linear(jnp.ones((2, 64)), None, 0.0, [beyond]))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -126,10 +153,6 @@ def test_gated(rows: int, activation: Any) -> None:
     y = kernels.gated(jnp.asarray(x), None, 0.0, kernels.pack_tiles(gate), kernels.pack_tiles(up), activation, jnp.asarray(bias))
     gated = ops.activate(jnp.asarray(as_kernel_reads(x, gate) @ dense(gate).T + bias), activation)
     np.testing.assert_allclose(y, np.asarray(gated) * (as_kernel_reads(x, up) @ dense(up).T), atol=1e-3)
-
-
-def numbers(*shape: int, seed: int) -> jax.Array:
-    return jnp.asarray(normals(*shape, seed=seed))
 
 
 def updated(base: Any, runs: int, rows: int, seed: int) -> quant.LowRank:

@@ -41,7 +41,7 @@ def nbytes(tree: Any) -> int:
 def test_a_matrix_of_any_type_takes_what_is_planned(type_id: int, form: WeightForm) -> None:
     shape = (24, 512)  # a tile and a half
     value = decode(type_id, np.zeros(data_size(type_id, shape), np.uint8), shape)
-    assert stored_as(TYPES[type_id], form, "bfloat16").nbytes(shape) == nbytes(_to_weight(value, form, "bfloat16"))
+    assert stored_as(TYPES[type_id], form, "bfloat16").nbytes(shape) == nbytes(_to_weight(value, form, "bfloat16", pack_tiles))
 
 
 def test_the_weights_of_a_file_take_what_is_planned(smollm2: Any) -> None:

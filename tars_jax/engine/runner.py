@@ -18,6 +18,7 @@ from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.sampler import SampleBatches, head, read_row, run_sampler, run_scores
 from tars_jax.engine.scheduler import Plan, Span
 from tars_jax.engine.step import Batches, EngineState, buckets, init_state, run_draft, run_step
+from tars_jax.engine.structure import Structure, flatten
 from tars_jax.errors import InvalidRequest
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder
@@ -42,8 +43,8 @@ class Weights(NamedTuple):
 
     params: Any  # a Decoder; None after `close`
     adapters: AdapterSlots
-    leaves: list[jax.Array]
-    tree: jax.tree_util.PyTreeDef
+    arrays: list[jax.Array]
+    structure: Structure
     head: list[jax.Array]
     compiled: Compiled
 
@@ -106,9 +107,9 @@ class Runner:
         if drafting := [span for span in plan if span.drafts]:
             bucket, numbers = now.batches.build_drafts(drafting)
             samples = self._samples.build([dataclasses.replace(span, guesses=()) for span in drafting], now.batches.layout(bucket).rows)
-            self._state = now.compiled.drafts.get(bucket)(now.leaves, self._state, numbers, samples)
+            self._state = now.compiled.drafts.get(bucket)(now.arrays, self._state, numbers, samples)
         bucket, numbers = now.batches.build(plan)
-        self._state, last, hidden = now.compiled.steps.get(bucket)(now.leaves, self._state, numbers)
+        self._state, last, hidden = now.compiled.steps.get(bucket)(now.arrays, self._state, numbers)
         return bucket, last, hidden
 
     def sample(self, plan: Plan, last: jax.Array) -> jax.Array:
@@ -135,7 +136,7 @@ class Runner:
             part = slice(start, start + SCORED)
             missing = SCORED - len(targets[part])
             padded = np.pad(states[part], ((0, missing), (0, 0))), np.pad(targets[part], (0, missing))
-            out = run_scores(now.leaves, *padded, strengths, tree=now.tree, config=self._model.config)
+            out = run_scores(now.arrays, *padded, strengths, structure=now.structure, config=self._model.config)
             rows = np.asarray(out)[: len(targets[part])]
             scored += [read_row(row, sequence.params.prompt_logprobs or 0)[0] for row in rows]
         return scored
@@ -185,26 +186,26 @@ class Runner:
         """Let weights and cache go."""
         self.stop_compiling()
         del self._state
-        self._weights = self._weights._replace(params=None, leaves=[], head=[])
+        self._weights = self._weights._replace(params=None, arrays=[], head=[])
 
     def _placed(self, params: Decoder, adapters: AdapterSlots) -> Weights:
         placed = adapters.put_on(params)
         if self._mesh is not None:
             placed = sharding.shard(placed, self._model.config, self._mesh)
-        leaves, tree = jax.tree.flatten((placed, self._draft.params if self._draft else None))
-        structure = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        arrays, structure = flatten((placed, self._draft.params if self._draft else None))
+        kind = structure, tuple((array.shape, array.dtype) for array in arrays)
         top = head(placed)
-        compiled = self._known.pop(structure, None) or self._programs(leaves, tree, adapters.ranks, top)
-        self._known[structure] = compiled
+        compiled = self._known.pop(kind, None) or self._programs(arrays, structure, adapters.ranks, top)
+        self._known[kind] = compiled
         if len(self._known) > STRUCTURES:
             del self._known[next(iter(self._known))]
-        return Weights(params, adapters, leaves, tree, jax.tree.leaves(top), compiled)
+        return Weights(params, adapters, arrays, structure, flatten(top)[0], compiled)
 
-    def _programs(self, leaves: list[jax.Array], tree: jax.tree_util.PyTreeDef, ranks: int, top: Decoder) -> Compiled:
+    def _programs(self, arrays: list[jax.Array], structure: Structure, ranks: int, top: Decoder) -> Compiled:
         batches = Batches(self._config, ranks)
         draft = self._draft.config if self._draft else None
-        fixed = {"tree": tree, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
-        shapes = jax.tree.map(_shape, (leaves, self._state))  # not the arrays: programs outlive them
+        fixed = {"structure": structure, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
+        shapes = jax.tree.map(_shape, (arrays, self._state))  # not the arrays: programs outlive them
 
         def lower(bucket: int) -> jax.stages.Lowered:
             return run_step.lower(*shapes, batches.empty(bucket), layout=batches.layout(bucket), mesh=self._mesh, **fixed)
@@ -214,22 +215,23 @@ class Runner:
             return run_draft.lower(*shapes, batches.empty(bucket), self._samples.empty(layout.rows), layout=layout, **fixed)
 
         head_ranks = ranks if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(top, is_leaf=is_weight)) else 0
-        samplers = self._sampler_programs(jax.tree.map(_shape, top), head_ranks)
+        samplers = self._sampler_programs(top, head_ranks)
         return Compiled(batches, Programs(lower, self._observe), Programs(lower_draft, self._observe), samplers, head_ranks)
 
     def _sampler_programs(self, top: Decoder, ranks: int) -> Programs:
         """Those of a head of these shapes: the same for all weights that differ in their layers alone."""
-        leaves, tree = jax.tree.flatten(top)
+        head_arrays, structure = flatten(top)
+        arrays = [_shape(array) for array in head_arrays]
         tokens, mu = _shape(self._state.tokens), _shape(self._state.mu)
         size, config = (self._config.max_rows, self._model.config.hidden_size), self._model.config
         last = jax.ShapeDtypeStruct(size, jnp.dtype(self._model.dtype), sharding=tokens.sharding)
 
         def lower(rows: int) -> jax.stages.Lowered:
-            inputs = leaves, tokens, mu, last, np.zeros((rows, ranks), np.float32), self._samples.empty(rows)
-            return run_sampler.lower(*inputs, tree=tree, config=config, mesh=self._mesh)
+            inputs = arrays, tokens, mu, last, np.zeros((rows, ranks), np.float32), self._samples.empty(rows)
+            return run_sampler.lower(*inputs, structure=structure, config=config, mesh=self._mesh)
 
-        structure = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), ranks
-        return self._samplers.setdefault(structure, Programs(lower, self._observe))
+        kind = structure, tuple((array.shape, array.dtype) for array in arrays), ranks
+        return self._samplers.setdefault(kind, Programs(lower, self._observe))
 
     def _rows(self, count: int) -> int:
         """Rows of the sampler's program for so many: powers of two but 2 and 8, for a program takes 35 MB."""

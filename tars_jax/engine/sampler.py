@@ -21,6 +21,7 @@ from tars_jax.engine.adapters import fill_scales
 from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.scheduler import Span
 from tars_jax.engine.sequence import Sequence
+from tars_jax.engine.structure import Structure
 from tars_jax.model import Decoder, logits
 from tars_jax.rows import COLUMN, pack_row
 from tars_jax.sample_rows import Extras, no_extras, unpack_rows
@@ -39,25 +40,25 @@ def head(params: Decoder) -> Decoder:
     return dataclasses.replace(params, layers=(), embed=params.embed if params.lm_head is None else None)
 
 
-@partial(jax.jit, static_argnames=("tree", "config", "mesh"), donate_argnames=("tokens", "mu"))
+@partial(jax.jit, static_argnames=("structure", "config", "mesh"), donate_argnames=("tokens", "mu"))
 def run_sampler(
-    leaves: list[jax.Array],
+    arrays: list[jax.Array],
     tokens: jax.Array,
     mu: jax.Array,
     last: jax.Array,
     strengths: jax.Array,
     batch: SampleBatch,
     *,
-    tree: jax.tree_util.PyTreeDef,
+    structure: Structure,
     config: ModelConfig,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(tokens, mu, out)``: the token table int32 [S, L] with the rows' new tokens, where mirostat stands in each slot, and what
     `read_row` reads, int32 [R, 4 + 2 * MAX_TOP_LOGPROBS].
 
-    leaves: of the `head`; last: states of the last layer, of which the first R are sampled after; strengths: float32 [R, ranks], of
-    their adapters, where one updates the head."""
-    params = fill_scales(jax.tree.unflatten(tree, leaves), strengths)
+    arrays: of the `head`, flattened; last: states of the last layer, of which the first R are sampled after; strengths: float32
+    [R, ranks], of their adapters, where one updates the head."""
+    params = fill_scales(structure.fill(arrays), strengths)
     scores = logits(params, config, last[: len(strengths)])
     if mesh is not None:
         scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
@@ -69,19 +70,19 @@ def run_sampler(
     return tokens, mu, _pack(sampled, read)
 
 
-@partial(jax.jit, static_argnames=("tree", "config"))
+@partial(jax.jit, static_argnames=("structure", "config"))
 def run_scores(
-    leaves: list[jax.Array],
+    arrays: list[jax.Array],
     hidden: jax.Array,
     targets: jax.Array,
     strengths: jax.Array,
     *,
-    tree: jax.tree_util.PyTreeDef,
+    structure: Structure,
     config: ModelConfig,
 ) -> jax.Array:
     """What `read_row` reads for tokens that are given, int32 [T], as if they had been sampled after the last layer's states [T, H].
     strengths: float32 [T, ranks], those of the tokens' adapters."""
-    params, _ = jax.tree.unflatten(tree, leaves)
+    params, _ = structure.fill(arrays)
     own, ids, top = log_probabilities(logits(fill_scales(params, strengths), config, hidden), targets)
     return _pack(Sampled(targets, own, ids, top, jnp.zeros_like(own)), targets)
 

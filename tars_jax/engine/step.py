@@ -22,6 +22,7 @@ from tars_jax.engine.adapters import fill_scales
 from tars_jax.engine.sampler import SampleBatch
 from tars_jax.engine.scheduler import Span
 from tars_jax.engine.speculation import DRAFT_TOKENS, FROM_DEVICE
+from tars_jax.engine.structure import Structure
 from tars_jax.model import forward, logits
 from tars_jax.sample_rows import unpack_rows
 from tars_jax.sampling import sample
@@ -90,14 +91,14 @@ def init_state(config: ModelConfig, engine: EngineConfig, draft: ModelConfig | N
     return EngineState(cache=caches[0], tokens=tokens, mu=mu, draft=caches[1] if draft else None)
 
 
-@partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype", "mesh"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("layout", "structure", "config", "draft", "dtype", "mesh"), donate_argnames="state")
 def run_step(
-    leaves: list[jax.Array],
+    arrays: list[jax.Array],
     state: EngineState,
     numbers: jax.Array,
     *,
     layout: Layout,
-    tree: jax.tree_util.PyTreeDef,
+    structure: Structure,
     config: ModelConfig,
     draft: ModelConfig | None,
     dtype: str,
@@ -106,9 +107,9 @@ def run_step(
     """``(state, last, hidden)``: hidden is [T, H], the last layer's states; last is [max_rows, H], those of the tokens at ``sample_at``
     in their order, then zeros.
 
-    The parameters come as the leaves of ``tree``: flattening 300 of them anew for each step would cost a quarter of a millisecond.
+    arrays: of the parameters, and those of the draft model, flattened.
     """
-    params, draft_params = jax.tree.unflatten(tree, leaves)
+    params, draft_params = structure.fill(arrays)
     parts = layout.split(numbers)
     ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
     max_rows, context = state.tokens.shape
@@ -129,22 +130,22 @@ def run_step(
     return EngineState(cache=cache, tokens=tokens, mu=state.mu, draft=draft_cache), last, hidden
 
 
-@partial(jax.jit, static_argnames=("layout", "tree", "config", "draft", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("layout", "structure", "config", "draft", "dtype"), donate_argnames="state")
 def run_draft(
-    leaves: list[jax.Array],
+    arrays: list[jax.Array],
     state: EngineState,
     numbers: jax.Array,
     samples: SampleBatch,
     *,
     layout: Layout,
-    tree: jax.tree_util.PyTreeDef,
+    structure: Structure,
     config: ModelConfig,
     draft: ModelConfig,
     dtype: str,
 ) -> EngineState:
     """Let the draft model continue R rows of one token each, up to their ``kv_lengths``; what it says goes to the token table, where
     the next step finds it. It samples with the noise that the model's own tokens will get, so that the two often agree."""
-    _, params = jax.tree.unflatten(tree, leaves)
+    _, params = structure.fill(arrays)
     parts = layout.split(numbers)
     ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
     max_rows, context = state.tokens.shape

@@ -1,6 +1,5 @@
 """The kernels as jax functions. Each is one custom call; what it computes stands beside it in plain operations."""
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,6 @@ from tars_jax.kernels.tiled import Format, Tiled
 from tars_jax.quant import LowRank, innermost
 
 Weight = Tiled | LowRank  # of a `Tiled`, or of another `LowRank` that is
-Arrays = list[jax.Array]
 
 ABSENT: Format = (0, 0, 0, 0, 0, 0)
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
@@ -118,22 +116,18 @@ def blocks(
     heads. The rest as in `rope_write` and `attention`.
     """
     native.get()
-    arrays, formats, updates = Arrays(), list[Format](), list[int]()
+    operands = Operands()
     for layer in layers:
-        arrays += map(_optional, layer.norms)
+        operands.add(*map(_optional, layer.norms))
         for w, bias in zip(layer.weights, layer.biases, strict=True):
-            own, layout, count = _operand(w, bias)
-            arrays += own
-            formats.append(layout)
-            updates.append(count)
+            operands.add_weight(w, bias)
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, k_pages, v_pages)]
     call = jax.ffi.ffi_call("tars_blocks", results, input_output_aliases={8: 1, 9: 2}, vmap_method="sequential")
     cos, sin = rotation or (None, None)
     rows = batch.query_starts, batch.kv_lengths, batch.page_tables
     out = call(
-        *(x, _optional(cos), _optional(sin), *slots, *rows, k_pages, v_pages, *arrays),
-        formats=np.array(formats, np.int64).reshape(-1),
-        updates=np.array(updates, np.int64),
+        *(x, _optional(cos), _optional(sin), *slots, *rows, k_pages, v_pages, *operands.arrays),
+        **operands.attributes,
         first_pages=np.array(first_pages, np.int64),
         rotates=np.array(rotates, np.int64),
         heads=np.int64(heads),
@@ -198,28 +192,55 @@ def _product(
     gated: bool = False,
 ) -> Sequence[jax.Array]:
     native.get()
-    operands, formats, updates = zip(*map(_operand, weights, biases), strict=True)
+    operands = Operands()
+    for w, bias in zip(weights, biases, strict=True):
+        operands.add_weight(w, bias)
     attributes = {
-        "formats": np.array(formats, np.int64).reshape(-1),
-        "updates": np.array(updates, np.int64),
+        **operands.attributes,
         "eps": np.float32(eps),
         "activation": np.int64(ACTIVATIONS[activation]),
         "gated": np.int64(gated),
     }
     extra = jnp.zeros(0, x.dtype) if residual is None else residual
     call = jax.ffi.ffi_call("tars_product", results, vmap_method="sequential")
-    out: Sequence[jax.Array] = call(x, _optional(norm), extra, *itertools.chain(*operands), **attributes)
+    out: Sequence[jax.Array] = call(x, _optional(norm), extra, *operands.arrays, **attributes)
     return out
 
 
-def _operand(w: Weight | None, bias: jax.Array | None) -> tuple[Arrays, Format, int]:
-    """A weight as the kernels read it: its data, its bias, then a, b and scale of every update; its layout; how many updates there are."""
-    base = innermost(w)
-    arrays = [jnp.zeros(0, jnp.uint8) if base is None else base.data, _optional(bias)]
-    while isinstance(w, LowRank):
-        arrays += map(_optional, (w.a, w.b, w.scale))
-        w = w.base
-    return arrays, ABSENT if base is None else base.format, len(arrays) // 3
+class Operands:
+    """What the kernels read of weights: first the arrays that hold tiles, each once; then the others in their order, for a weight its
+    bias, and a, b and scale of every update."""
+
+    def __init__(self) -> None:
+        self._sources: dict[int, jax.Array] = {}
+        self._others: list[jax.Array] = []
+        self._formats: list[tuple[int, ...]] = []  # with where the tiles begin, and in which array
+        self._updates: list[int] = []
+
+    def add(self, *arrays: jax.Array) -> None:
+        self._others += arrays
+
+    def add_weight(self, w: Weight | None, bias: jax.Array | None) -> None:
+        base, updates = innermost(w), list[jax.Array]()
+        while isinstance(w, LowRank):
+            updates += map(_optional, (w.a, w.b, w.scale))
+            w = w.base
+        self.add(_optional(bias), *updates)
+        self._updates.append(len(updates) // 3)
+        if base is None:
+            self._formats.append((*ABSENT, 0, 0))
+        else:
+            self._sources.setdefault(id(base.data), base.data)
+            self._formats.append((*base.format, base.offset, list(self._sources).index(id(base.data))))
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        return [*self._sources.values(), *self._others]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        numbers = {"formats": self._formats, "updates": self._updates, "sources": [len(self._sources)]}
+        return {name: np.array(values, np.int64).reshape(-1) for name, values in numbers.items()}
 
 
 def _optional(x: jax.Array | None) -> jax.Array:

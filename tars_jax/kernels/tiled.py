@@ -2,8 +2,10 @@
 
 import ctypes
 import dataclasses
+import itertools
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,13 +27,14 @@ LAYOUTS |= {(5, 32, False), (5, 32, True), (6, 16, False)}
 Kind = Literal["affine", "symmetric", "dense"]
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 Format = tuple[int, int, int, int, int, int]  # bits, group, affine, dtype, outputs, inputs
+ALIGNMENT = 64  # bytes: of what jax takes from numpy without a copy, and of a weight in an `Arena`
 
 
 @struct.dataclass
 class Tiled:
     """A matrix [O, K] in tiles of 16 outputs.
 
-    data: uint8 [tiles, bytes of a tile], the last tile padded with zeros.
+    data: uint8 [tiles, bytes of a tile], the last tile padded with zeros; or [bytes], an `Arena`'s, where the tiles begin at ``offset``.
     dtype: of scales and minima, or of the elements when dense.
     """
 
@@ -41,10 +44,20 @@ class Tiled:
     bits: int = struct.field(pytree_node=False)
     group: int = struct.field(pytree_node=False)  # 0 when dense
     dtype: str = struct.field(pytree_node=False)
+    offset: int = struct.field(pytree_node=False, default=0)
 
     @property
     def nbytes(self) -> int:
-        return int(self.data.nbytes)
+        tiles, size = _layout(self.format)
+        return self.data.shape[0] * size if self.data.ndim == 2 else tiles * size
+
+    @property
+    def tiles(self) -> jax.Array:
+        """uint8 [tiles, bytes of a tile]."""
+        if self.data.ndim == 2:
+            return self.data
+        tiles, size = _layout(self.format)
+        return self.data[self.offset : self.offset + tiles * size].reshape(tiles, size)
 
     @property
     def format(self) -> Format:
@@ -59,28 +72,62 @@ def can_pack(w: Any) -> bool:
     return getattr(w, "ndim", 0) == 2 and str(getattr(w, "dtype", "")) in DTYPES
 
 
+class Arena:
+    """Memory for the tiles of many weights. As one array: handing an array to a program takes the host a microsecond, for each of the
+    hundreds of a model, at every step."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """``sizes``: bytes of the weights by name. Nothing is taken from the system before it is written to."""
+        room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()]
+        self._sizes, self._starts = sizes, dict(zip(sizes, itertools.accumulate(room, initial=0), strict=False))
+        self._memory: Any = _aligned(sum(room))
+
+    def pack(self, name: str, w: QArray | np.ndarray | jax.Array, threads: int | None = None) -> Tiled:
+        """`pack_tiles` into the place of that name, or into memory of its own where the weight does not fit there."""
+        tiled = _describe(w)
+        tiles, size = _layout(tiled.format)
+        if tiles * size != self._sizes.get(name):
+            return pack_tiles(w, threads)
+        start = self._starts[name]
+        _pack(w, tiled, self._memory[start : start + tiles * size], threads)
+        return dataclasses.replace(tiled, data=self._memory, offset=start)
+
+    def finish(self, params: Any) -> Any:
+        """A tree of what was packed here, and of other leaves, with this memory as a jax array in all of its weights."""
+        whole = jnp.asarray(self._memory)
+
+        def finished(leaf: Any) -> Any:
+            if not isinstance(leaf, Tiled):
+                return leaf
+            return dataclasses.replace(leaf, data=whole if leaf.data is self._memory else jnp.asarray(leaf.data))
+
+        return jax.tree.map(finished, params, is_leaf=lambda leaf: isinstance(leaf, Tiled))
+
+
 def pack_tiles(w: QArray | np.ndarray | jax.Array, threads: int | None = None) -> Tiled:
     """Repack a weight; the data is a numpy array aligned so that jax takes it without a copy. Raises ValueError, RuntimeError."""
-    if not can_pack(w):
-        raise ValueError(f"cannot tile a weight of type {type(w).__name__}, shape {getattr(w, 'shape', None)}")
-    parts: list[Any] = [w.codes, w.scales, w.mins] if isinstance(w, QArray) else [w, None, None]
-    arrays = [None if part is None else np.ascontiguousarray(np.asarray(part)) for part in parts]
     tiled = _describe(w)
     tiles, size = _layout(tiled.format)
-    data: Any = _aligned(tiles * size).reshape(tiles, size)
+    data: Any = _aligned(tiles * size)
+    _pack(w, tiled, data, threads)
+    return dataclasses.replace(tiled, data=data.reshape(tiles, size))
+
+
+def _pack(w: QArray | np.ndarray | jax.Array, tiled: Tiled, out: np.ndarray, threads: int | None) -> None:
+    parts: list[Any] = [w.codes, w.scales, w.mins] if isinstance(w, QArray) else [w, None, None]
+    arrays = [None if part is None else np.ascontiguousarray(np.asarray(part)) for part in parts]
     pointers = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in arrays]
     fields = (ctypes.c_int64 * 6)(*tiled.format)
-    native.get().tars_pack(fields, *pointers, ctypes.c_void_p(data.ctypes.data), ctypes.c_int64(threads or min(os.cpu_count() or 1, 8)))
-    return dataclasses.replace(tiled, data=data)
+    native.get().tars_pack(fields, *pointers, ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(threads or min(os.cpu_count() or 1, 8)))
 
 
 def untile(w: Tiled) -> jax.Array:
     """The dense matrix [O, K] in float32: the layout once more, in plain jax."""
     bits, group, _, _, outputs, inputs = w.format
-    tiles = w.data.shape[0]
+    tiles = w.tiles.shape[0]
     if w.kind == "dense":
         return _untile_dense(w)[:outputs, :inputs]
-    blocks = jnp.asarray(w.data).reshape(tiles, -1, _block_bytes(w.format))  # [tiles, blocks, bytes]
+    blocks = jnp.asarray(w.tiles).reshape(tiles, -1, _block_bytes(w.format))  # [tiles, blocks, bytes]
     code_bytes, halves = LANES * GROUP * bits // 8, GROUP // group
     codes = blocks[..., :code_bytes].reshape(tiles, -1, code_bytes // 64, LANES, 4)
     if bits == 8:
@@ -111,11 +158,11 @@ def split_tiles(w: Tiled, shards: int, axis: int) -> Tiled:
     if w.shape[axis] % (unit * shards):
         raise InvalidRequest(f"a weight of shape {list(w.shape)} cannot be cut into {shards} parts of whole {unit}s along axis {axis}")
     shape = (w.shape[0] // shards, w.shape[1]) if axis == 0 else (w.shape[0], w.shape[1] // shards)
-    data = w.data
+    data = w.tiles
     if axis == 1:
         tiles, size = data.shape
         data = data.reshape(tiles, shards, size // shards).swapaxes(0, 1).reshape(tiles * shards, size // shards)
-    return dataclasses.replace(w, data=data, shape=shape)
+    return dataclasses.replace(w, data=data, shape=shape, offset=0)
 
 
 def take_rows(w: Tiled, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -123,11 +170,13 @@ def take_rows(w: Tiled, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     native.get()
     out = jax.ShapeDtypeStruct((*ids.shape, w.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call("tars_take_rows", out, vmap_method="sequential")
-    return call(w.data, ids.astype(jnp.int32), formats=np.array(w.format, np.int64)).astype(dtype)
+    return call(w.data, ids.astype(jnp.int32), format=np.array((*w.format, w.offset, 0), np.int64)).astype(dtype)
 
 
 def _describe(w: QArray | np.ndarray | jax.Array) -> Tiled:
     """A `Tiled` with everything but the data."""
+    if not can_pack(w):
+        raise ValueError(f"cannot tile a weight of type {type(w).__name__}, shape {getattr(w, 'shape', None)}")
     outputs, inputs = w.shape
     nothing: Any = np.empty(0, np.uint8)
     if isinstance(w, QArray):
@@ -138,10 +187,11 @@ def _describe(w: QArray | np.ndarray | jax.Array) -> Tiled:
 
 
 def _untile_dense(w: Tiled) -> jax.Array:
-    values = _floats(jnp.asarray(w.data), w.dtype).reshape(w.data.shape[0], -1, 2 * LANES)
+    values = _floats(jnp.asarray(w.tiles), w.dtype)
+    values = values.reshape(values.shape[0], -1, 2 * LANES)
     if w.dtype == "bfloat16":  # pairs of inputs per output
         values = values.reshape(*values.shape[:2], LANES, 2).swapaxes(2, 3)
-    return values.reshape(w.data.shape[0], -1, LANES).swapaxes(1, 2).reshape(w.data.shape[0] * LANES, -1)
+    return values.reshape(values.shape[0], -1, LANES).swapaxes(1, 2).reshape(values.shape[0] * LANES, -1)
 
 
 def _floats(raw: jax.Array, dtype: str) -> jax.Array:
@@ -172,6 +222,6 @@ def tiles_nbytes(shape: tuple[int, ...], bits: int, group: int, affine: bool, it
     return tiles * size
 
 
-def _aligned(size: int, to: int = 64) -> np.ndarray:
-    raw = np.empty(size + to, np.uint8)
-    return raw[-raw.ctypes.data % to :][:size]
+def _aligned(size: int) -> np.ndarray:
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    return raw[-raw.ctypes.data % ALIGNMENT :][:size]

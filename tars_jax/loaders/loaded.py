@@ -38,7 +38,8 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        arrays = {id(leaf): leaf for leaf in jax.tree.leaves(self.params)}  # tiled weights share one
+        return sum(leaf.nbytes for leaf in arrays.values())
 
     @cached_property
     def digest(self) -> str:

@@ -86,9 +86,10 @@ def load(
     file = ModelFile.open(name_or_path, store)
     config, source = file.config, str(file.path)
     form = choose_form(config, dtype) if weights == "auto" else weights
-    check_memory(config, file.stored(form, dtype), engine)
+    storage = file.stored(form, dtype)
+    check_memory(config, storage, engine)
     table, sizes, read = tensor_reader(file.gguf, config)
-    params = build_params(config, table, sizes, read, source=source, form=form, dtype=dtype, progress=progress)
+    params = build_params(config, table, sizes, read, source=source, form=form, dtype=dtype, storage=storage, progress=progress)
     memory.trim()
     tokenizer = Tokenizer.from_gguf(file.gguf.metadata)
     if tokenizer.vocab_size > config.vocab_size:

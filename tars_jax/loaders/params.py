@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax.config import ModelConfig
-from tars_jax.kernels import DTYPES, can_pack, pack_tiles
+from tars_jax.kernels import DTYPES, Arena, can_pack
 from tars_jax.loaders.blocks import Blocks, BlockType
 from tars_jax.loaders.names import canonical, refuse
 from tars_jax.model import Decoder, leaf_name, spec
@@ -31,9 +31,11 @@ def build_params(
     source: str,
     form: WeightForm,
     dtype: str,
+    storage: Mapping[str, Storage] | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Parameters of a model. ``sizes``: bytes of every tensor in the file; ``source`` names it in errors.
+    """Parameters of a model. ``sizes``: bytes of every tensor in the file; ``source`` names it in errors; ``storage``: what `stored` says
+    of them, for the form "tiled".
 
     form "tiled" lays matrices out for the CPU kernels, "packed" keeps quantised ones as `QArray`, "dense" makes every matrix
     an array of ``dtype``. Vectors are float32. Raises ModelFileError that reports all faults together.
@@ -42,13 +44,15 @@ def build_params(
     expected = {leaf_name(path): leaf.shape for path, leaf in paths}
     names = canonical(sizes, table, expected, source)
     faults: list[str] = []
+    kept = {leaf: storage[leaf].nbytes(shape) for leaf, shape in expected.items() if len(shape) == 2} if storage else {}
+    arena = Arena(kept)
 
     def load(leaf: str) -> Any:
         value = read(names[leaf], leaf)
         if value.shape != expected[leaf]:
             faults.append(f"{names[leaf]} has shape {list(value.shape)}, expected {list(expected[leaf])}")
             return None
-        return _to_weight(value, form, dtype)
+        return _to_weight(value, form, dtype, lambda w: arena.pack(leaf, w))
 
     leaves, done, total = [], 0, sum(sizes[name] for name in names.values())
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # numpy and the packer release the interpreter's lock
@@ -58,7 +62,8 @@ def build_params(
             if progress:
                 progress(done, total)
     refuse(faults, source)
-    return jax.tree.unflatten(tree, leaves)
+    params: Decoder = arena.finish(jax.tree.unflatten(tree, leaves))
+    return params
 
 
 def stored(
@@ -80,11 +85,11 @@ def stored_as(kind: BlockType, form: WeightForm, dtype: str) -> Storage:
     return Storage(8 * jnp.dtype(dtype).itemsize)
 
 
-def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str) -> Any:
+def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str, tile: Callable[[Any], Any]) -> Any:
     if len(value.shape) == 2 and (form == "tiled" or (form == "packed" and isinstance(value, Blocks))):
         packed = pack(value.codes, value.scales, value.mins, bits=value.bits, group=value.group) if isinstance(value, Blocks) else value
         if form == "packed" or can_pack(packed):
-            return jax.tree.map(jnp.asarray, packed if form == "packed" else pack_tiles(packed))
+            return jax.tree.map(jnp.asarray, packed) if form == "packed" else tile(packed)
     dense = value.dequantize() if isinstance(value, Blocks) else value
     # A copy: jax would otherwise keep the file's map, and with it the whole file, in memory for a norm's sake.
     return jnp.array(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype), copy=True)

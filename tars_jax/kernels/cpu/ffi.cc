@@ -47,11 +47,22 @@ const float* optional_floats(const ffi::AnyBuffer& b) {
   return b.element_count() ? static_cast<const float*>(b.untyped_data()) : nullptr;
 }
 
-constexpr size_t kFormatFields = 6;
+constexpr size_t kFormatFields = 8;
 
-Format format_of(ffi::Span<const int64_t> fields, size_t i) {
+// A weight's format, and which of some arrays holds its tiles from where on.
+struct Place {
+  Format format;
+  int64_t offset, source;
+
+  bool inside(const ffi::AnyBuffer& b) const {
+    return offset >= 0 && offset + format.tiles() * format.tile_bytes() <= static_cast<int64_t>(b.size_bytes());
+  }
+  const uint8_t* in(const ffi::AnyBuffer& b) const { return static_cast<const uint8_t*>(b.untyped_data()) + offset; }
+};
+
+Place place_of(ffi::Span<const int64_t> fields, size_t i) {
   const int64_t* f = fields.begin() + i * kFormatFields;
-  return {f[0], f[1], f[2], static_cast<DType>(f[3]), f[4], f[5]};
+  return {{f[0], f[1], f[2], static_cast<DType>(f[3]), f[4], f[5]}, f[6], f[7]};
 }
 
 // An array of `rank` dimensions for all rows; or with one more before them, its members for equal runs of the rows.
@@ -64,18 +75,21 @@ bool read_runs(const ffi::AnyBuffer& b, int64_t rank, int64_t rows, RunFloats* o
   return true;
 }
 
-// Arguments that are read one after the other.
+// Arguments that are read one after the other; before them those that hold tiles.
 class Arguments {
  public:
-  explicit Arguments(ffi::RemainingArgs args) : args_(args) {}
+  Arguments(ffi::RemainingArgs args, int64_t sources) : args_(args), sources_(sources), at_(sources) {}
   bool has(size_t count) const { return at_ + count <= args_.size(); }
   bool done() const { return at_ == args_.size(); }
   void skip(size_t count) { at_ += count; }
   ffi::AnyBuffer next() { return *args_.get<ffi::AnyBuffer>(at_++); }
+  bool has_source(int64_t i) const { return i >= 0 && i < sources_ && i < static_cast<int64_t>(args_.size()); }
+  ffi::AnyBuffer source(int64_t i) const { return *args_.get<ffi::AnyBuffer>(i); }
 
  private:
   const ffi::RemainingArgs args_;
-  size_t at_ = 0;
+  const int64_t sources_;
+  size_t at_;
 };
 
 // a [(N,) ranks, outputs], b [(N,) ranks, inputs], scale: one number, or [rows, ranks].
@@ -93,26 +107,26 @@ ffi::Error read_update(Arguments& args, const Format& format, int64_t rows, LowR
   return ffi::Error::Success();
 }
 
-// Data and bias of a weight, then its updates.
-ffi::Error read_operand(Arguments& args, const Format& format, int64_t updates, int64_t rows, Operand* out) {
-  if (!args.has(2 + 3 * updates)) return invalid("wrong number of arrays");
-  const ffi::AnyBuffer data = args.next(), bias = args.next();
-  if (static_cast<int64_t>(data.size_bytes()) != format.tiles() * format.tile_bytes()) return invalid("packed weight has the wrong size");
-  *out = {format, static_cast<const uint8_t*>(data.untyped_data()), {}, std::vector<LowRank>(updates)};
+// Bias of a weight, then its updates.
+ffi::Error read_operand(Arguments& args, const Place& w, int64_t updates, int64_t rows, Operand* out) {
+  if (!args.has(1 + 3 * updates) || !args.has_source(w.source)) return invalid("wrong number of arrays");
+  const ffi::AnyBuffer data = args.source(w.source), bias = args.next();
+  if (!w.inside(data)) return invalid("packed weight has the wrong size");
+  *out = {w.format, w.in(data), {}, std::vector<LowRank>(updates)};
   if (!read_runs(bias, 1, rows, &out->finish.bias)) return invalid("a bias has the wrong shape");
-  out->finish.outputs = format.outputs;
+  out->finish.outputs = w.format.outputs;
   for (LowRank& update : out->updates)
-    if (ffi::Error error = read_update(args, format, rows, &update); error.failure()) return error;
+    if (ffi::Error error = read_update(args, w.format, rows, &update); error.failure()) return error;
   return ffi::Error::Success();
 }
 
-// Arguments: x, norm, residual, then those of each weight. Results: one per weight, or one if gated.
-ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs arrays, ffi::RemainingRets results, ffi::Span<const int64_t> formats,
-                   ffi::Span<const int64_t> updates, float eps, int64_t activation, int64_t gated) {
+// Arguments: x, norm, residual, the arrays that hold tiles, then those of each weight. Results: one per weight, or one if gated.
+ffi::Error product(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer residual, ffi::RemainingArgs arrays,
+                   ffi::RemainingRets results, ffi::Span<const int64_t> formats, ffi::Span<const int64_t> updates,
+                   ffi::Span<const int64_t> sources, float eps, int64_t activation, int64_t gated) {
   const size_t weights = updates.size();
-  Arguments args(arrays);
-  if (!args.has(3) || formats.size() != weights * kFormatFields || results.size() != (gated ? 1 : weights)) return invalid("wrong number of arrays");
-  const ffi::AnyBuffer x = args.next(), norm = args.next(), residual = args.next();
+  Arguments args(arrays, sources.begin()[0]);
+  if (formats.size() != weights * kFormatFields || results.size() != (gated ? 1 : weights)) return invalid("wrong number of arrays");
   Product p;
   if (!dtype_of(x.element_type(), &p.x_type)) return invalid("activations must be float32, float16 or bfloat16");
   p.x = x.untyped_data();
@@ -123,7 +137,7 @@ ffi::Error product(ffi::ThreadPool thread_pool, ffi::RemainingArgs arrays, ffi::
   p.gated = gated;
   for (size_t i = 0; i < weights; ++i) {
     Operand o;
-    if (ffi::Error error = read_operand(args, format_of(formats, i), updates.begin()[i], p.rows, &o); error.failure()) return error;
+    if (ffi::Error error = read_operand(args, place_of(formats, i), updates.begin()[i], p.rows, &o); error.failure()) return error;
     if (o.format.inputs != p.inputs) return invalid("weight and activations differ in inputs");
     if (!gated || i == 0) {
       ffi::Result<ffi::AnyBuffer> out = *results.get<ffi::AnyBuffer>(i);
@@ -248,9 +262,9 @@ ffi::Error read_block(Arguments& args, ffi::Span<const int64_t> formats, ffi::Sp
     return invalid("a norm has the wrong shape");
   Operand* operands[kBlockWeights] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
   for (size_t i = 0; i < kBlockWeights; ++i) {
-    const Format f = format_of(formats, first + i);
-    if (operands[i] == &w->gate && !f.outputs) args.skip(2);
-    else if (ffi::Error error = read_operand(args, f, updates.begin()[first + i], b.rows, operands[i]); error.failure()) return error;
+    const Place place = place_of(formats, first + i);
+    if (operands[i] == &w->gate && !place.format.outputs) args.skip(1);
+    else if (ffi::Error error = read_operand(args, place, updates.begin()[first + i], b.rows, operands[i]); error.failure()) return error;
   }
   const AttentionTask& a = b.attention.base;
   const int64_t q = a.heads * a.head_dim, kv = a.kv_heads * a.head_dim, D = b.width, F = w->up.format.outputs;
@@ -262,11 +276,12 @@ ffi::Error read_block(Arguments& args, ffi::Span<const int64_t> formats, ffi::Sp
   return ffi::Error::Success();
 }
 
-// Arguments after the pages: `read_block`'s of each block. first_pages: where each block's pages begin in the cache.
+// Arguments after the pages: the arrays that hold tiles, then `read_block`'s of each block. first_pages: where each block's pages begin in the cache.
 ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer cos, ffi::AnyBuffer sin, Int32s slot_pages, Int32s slot_offsets,
                   Int32s query_starts, Int32s kv_lengths, Int32s page_tables, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
                   ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
-                  ffi::Span<const int64_t> formats, ffi::Span<const int64_t> updates, ffi::Span<const int64_t> first_pages, ffi::Span<const int64_t> rotates, int64_t heads,
+                  ffi::Span<const int64_t> formats, ffi::Span<const int64_t> updates, ffi::Span<const int64_t> sources,
+                  ffi::Span<const int64_t> first_pages, ffi::Span<const int64_t> rotates, int64_t heads,
                   int64_t head_dim, int64_t activation, int64_t window, float scale, float softcap, float eps) {
   const size_t count = first_pages.size();
   const size_t weights = count * kBlockWeights;
@@ -292,7 +307,7 @@ ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   describe_write(b.type, b.rows, heads, t, eps, cos, sin, slot_pages, slot_offsets, &b.write);
   const int64_t page_bytes = t.kv_heads * t.page * cache_bytes(t.cache_type, head_dim), last = k_pages.dimensions()[0];
   b.blocks.resize(count);
-  Arguments args(arrays);
+  Arguments args(arrays, sources.begin()[0]);
   for (size_t i = 0; i < count; ++i) {
     Block& w = b.blocks[i];
     if (ffi::Error error = read_block(args, formats, updates, i * kBlockWeights, b, &w); error.failure()) return error;
@@ -310,13 +325,14 @@ ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer 
 // Leaves its result as the allocator gave it: of a large array the system then provides only the pages that are written.
 ffi::Error empty(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
 
-ffi::Error take_rows(ffi::AnyBuffer data, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Span<const int64_t> formats) {
-  const Format f = format_of(formats, 0);
-  if (static_cast<int64_t>(data.size_bytes()) != f.tiles() * f.tile_bytes()) return invalid("packed weight has the wrong size");
+ffi::Error take_rows(ffi::AnyBuffer data, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Span<const int64_t> format) {
+  const Place w = place_of(format, 0);
+  const Format& f = w.format;
+  if (!w.inside(data)) return invalid("packed weight has the wrong size");
   for (size_t i = 0; i < ids.element_count(); ++i) {
     int64_t id = ids.typed_data()[i];
     id = id < 0 ? 0 : id >= f.outputs ? f.outputs - 1 : id;  // as XLA's gather
-    take_row(f, static_cast<const uint8_t*>(data.untyped_data()), id, out->typed_data() + i * f.inputs);
+    take_row(f, w.in(data), id, out->typed_data() + i * f.inputs);
   }
   return ffi::Error::Success();
 }
@@ -334,14 +350,15 @@ using Int64s = xla::ffi::Span<const int64_t>;
 #pragma GCC visibility push(default)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_product, tars::product,
-                              Ffi::Bind().Ctx<ThreadPool>().RemainingArgs().RemainingRets().Attr<Int64s>("formats").Attr<Int64s>("updates").Attr<float>("eps")
-                                  .Attr<int64_t>("activation").Attr<int64_t>("gated"));
+                              Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().RemainingArgs().RemainingRets()
+                                  .Attr<Int64s>("formats").Attr<Int64s>("updates").Attr<Int64s>("sources").Attr<float>("eps").Attr<int64_t>("activation")
+                                  .Attr<int64_t>("gated"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_blocks, tars::blocks,
                               Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()
                                   .Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<AnyBuffer>().Arg<AnyBuffer>()
                                   .RemainingArgs().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<Int64s>("formats")
-                                  .Attr<Int64s>("updates").Attr<Int64s>("first_pages").Attr<Int64s>("rotates").Attr<int64_t>("heads").Attr<int64_t>("head_dim")
+                                  .Attr<Int64s>("updates").Attr<Int64s>("sources").Attr<Int64s>("first_pages").Attr<Int64s>("rotates").Attr<int64_t>("heads").Attr<int64_t>("head_dim")
                                   .Attr<int64_t>("activation").Attr<int64_t>("window").Attr<float>("scale").Attr<float>("softcap")
                                   .Attr<float>("eps"));
 
@@ -356,7 +373,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_rope_write, tars::rope_write,
                                   .Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<float>("eps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_take_rows, tars::take_rows,
-                              Ffi::Bind().Arg<AnyBuffer>().Arg<Buffer<S32>>().Ret<Buffer<xla::ffi::F32>>().Attr<Int64s>("formats"));
+                              Ffi::Bind().Arg<AnyBuffer>().Arg<Buffer<S32>>().Ret<Buffer<xla::ffi::F32>>().Attr<Int64s>("format"));
 
 extern "C" const char* tars_isa() { return tars::kernels().name; }
 extern "C" int tars_use_isa(const char* name) { return tars::use_kernels(name); }
