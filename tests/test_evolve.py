@@ -479,6 +479,22 @@ def test_optimize_stopped_later_keeps_what_it_has(optimize: Any, tmp_path: Path,
     assert report["curves"][0]["evaluation"] is not None
 
 
+def test_optimize_whose_fitness_fails_later_keeps_what_it_has(optimize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Evolution.generation
+
+    def failing(self: Evolution, state: State) -> Any:
+        if state.generation:
+            raise InvalidRequest("fitness: it failed")
+        return whole(self, state)
+
+    monkeypatch.setattr(Evolution, "generation", failing)
+    ended = optimize("--generations", "5")
+    assert "it failed; what was found before is in" in str(ended.exception)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["generations"] == 1
+    monkeypatch.setattr(Evolution, "generation", whole)
+    assert optimize("--generations", "5", "--resume").exit_code == 0
+
+
 # What is allowed.
 
 

@@ -1,6 +1,5 @@
 """``tars optimize``: search what makes a model better at examples: an adapter, norms, steering vectors, sampler settings."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from tars_jax.cli.live import search as live_search
 from tars_jax.cli.output import note
 from tars_jax.cli.progress import share_bar
 from tars_jax.cli.searching import Task, command
-from tars_jax.errors import InvalidRequest, UnusedOption
+from tars_jax.errors import InvalidRequest, TarsError, UnusedOption
 
 if TYPE_CHECKING:
     from tars_jax.evolve.job import Budget, Outcome
@@ -115,10 +114,11 @@ def _run(task: Task, settings: dict[str, Any], budget: "Budget") -> None:
     state = job.resume(task.out, evolution) if task.resume else None
     note(f"{len(examples)} examples, {len(held)} held out; preparing")
     held_out = evolution.hold_out(held)
-    outcome = _followed(job.search(evolution, held_out, budget, state), budget)
+    outcome, end = _followed(job.search(evolution, held_out, budget, state), budget)
     if outcome is None:
-        raise KeyboardInterrupt
-    outcome = job.concluded(evolution, held_out, outcome)
+        raise end or KeyboardInterrupt
+    if not isinstance(end, TarsError):  # whose cause another evaluation would meet again
+        outcome = job.concluded(evolution, held_out, outcome)
     job.save(task.out, evolution, outcome, command())
     note(verdict(outcome))
     if task.save and outcome.best is not None:
@@ -126,17 +126,23 @@ def _run(task: Task, settings: dict[str, Any], budget: "Budget") -> None:
 
         task.keep(lambda store: save_adapted(store, task.model, [task.out / "adapter.gguf"], task.save))
     print(task.out)
+    if isinstance(end, TarsError):
+        raise type(end)(f"{end}; what was found before is in {task.out}, and --resume goes on from there") from end
 
 
-def _followed(progress: "Iterator[Outcome]", budget: "Budget") -> "Outcome | None":
-    """Show a search until it ends or Ctrl-C stops it, and give its last outcome; None if there is nothing yet."""
-    outcome = None
-    with share_bar("generation 0") as show, contextlib.suppress(KeyboardInterrupt):
-        for outcome in progress:
-            shares = [outcome.seconds / budget.seconds] if budget.seconds else []
-            shares += [len(outcome.points) / budget.generations] if budget.generations else []
-            show(max(shares, default=0.0), describe(outcome))
-    return outcome if outcome is not None and outcome.state.generation else None
+def _followed(progress: "Iterator[Outcome]", budget: "Budget") -> "tuple[Outcome | None, BaseException | None]":
+    """Show a search until it ends, Ctrl-C stops it or its fitness fails; its last outcome, None if there is nothing yet, and what ended it
+    early."""
+    outcome, end = None, None
+    with share_bar("generation 0") as show:
+        try:
+            for outcome in progress:
+                shares = [outcome.seconds / budget.seconds] if budget.seconds else []
+                shares += [len(outcome.points) / budget.generations] if budget.generations else []
+                show(max(shares, default=0.0), describe(outcome))
+        except (KeyboardInterrupt, TarsError) as error:
+            end = error
+    return (outcome if outcome is not None and outcome.state.generation else None), end
 
 
 def describe(outcome: "Outcome") -> str:
