@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tars_jax.config import EngineConfig, ModelConfig, SamplingParams
 from tars_jax.errors import TarsError
+from tars_jax.memory import collection_paused
 
 if TYPE_CHECKING:
     from tars_jax.engine.engine import Engine
@@ -32,5 +33,6 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        with collection_paused():
+            return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ MOST_MAPPINGS = 10_000
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(pytestconfig: pytest.Config) -> None:
     """Compiled programs are kept between runs, beside pytest's own cache."""
-    jax.config.update("jax_compilation_cache_dir", str(pytestconfig.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_dir", str(pytestconfig.cache.mkdir("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

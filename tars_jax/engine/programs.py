@@ -7,20 +7,19 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-import jax
-
 from tars_jax import memory
+from tars_jax.compile_cache import Recipe
 from tars_jax.engine.threads import start_deep, step_back
 
 Program = Callable[..., Any]
 
 
 class Programs:
-    """Compiles ``lower(bucket)``, each bucket once, whoever asks first."""
+    """Makes the program of ``recipe(bucket)``, each bucket once, whoever asks first."""
 
-    def __init__(self, lower: Callable[[int], jax.stages.Lowered], observe: Callable[[float], None] = lambda _: None) -> None:
+    def __init__(self, recipe: Callable[[int], Recipe], observe: Callable[[float], None] = lambda _: None) -> None:
         """``observe`` hears how many seconds a compilation took, from the thread that did it."""
-        self._lower, self._observe = lower, observe
+        self._recipe, self._observe = recipe, observe
         self._programs: dict[int, Future[Program]] = {}
         self._lock = threading.Lock()
         self._stopped = False
@@ -63,7 +62,7 @@ class Programs:
     def _compile(self, bucket: int, future: Future[Program]) -> None:
         try:
             started = time.perf_counter()
-            program = self._lower(bucket).compile()
+            program = self._recipe(bucket).make()
             self._observe(time.perf_counter() - started)
             memory.trim()
             future.set_result(program)

@@ -11,6 +11,7 @@ import numpy as np
 from tars_jax import sharding
 from tars_jax.adapters import is_weight, weight_shapes
 from tars_jax.cache import gather_pages, scatter_pages
+from tars_jax.compile_cache import Recipe
 from tars_jax.config import EngineConfig
 from tars_jax.engine.adapters import AdapterSlots
 from tars_jax.engine.programs import Programs
@@ -207,16 +208,18 @@ class Runner:
         fixed = {"structure": structure, "config": self._model.config, "draft": draft, "dtype": self._model.dtype}
         shapes = jax.tree.map(_shape, (arrays, self._state))  # not the arrays: programs outlive them
 
-        def lower(bucket: int) -> jax.stages.Lowered:
-            return run_step.lower(*shapes, batches.empty(bucket), layout=batches.layout(bucket), mesh=self._mesh, **fixed)
+        def step(bucket: int) -> Recipe:
+            arguments = *shapes, batches.empty(bucket)
+            return Recipe(run_step, arguments, {"layout": batches.layout(bucket), "mesh": self._mesh, **fixed}, (shapes[1], 0, 0))
 
-        def lower_draft(bucket: int) -> jax.stages.Lowered:
+        def drafting(bucket: int) -> Recipe:
             layout = batches.layout(bucket)
-            return run_draft.lower(*shapes, batches.empty(bucket), self._samples.empty(layout.rows), layout=layout, **fixed)
+            arguments = *shapes, batches.empty(bucket), self._samples.empty(layout.rows)
+            return Recipe(run_draft, arguments, {"layout": layout, **fixed}, shapes[1])
 
         head_ranks = ranks if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(top, is_leaf=is_weight)) else 0
         samplers = self._sampler_programs(top, head_ranks)
-        return Compiled(batches, Programs(lower, self._observe), Programs(lower_draft, self._observe), samplers, head_ranks)
+        return Compiled(batches, Programs(step, self._observe), Programs(drafting, self._observe), samplers, head_ranks)
 
     def _sampler_programs(self, top: Decoder, ranks: int) -> Programs:
         """Those of a head of these shapes: the same for all weights that differ in their layers alone."""
@@ -226,12 +229,12 @@ class Runner:
         size, config = (self._config.max_rows, self._model.config.hidden_size), self._model.config
         last = jax.ShapeDtypeStruct(size, jnp.dtype(self._model.dtype), sharding=tokens.sharding)
 
-        def lower(rows: int) -> jax.stages.Lowered:
-            inputs = arrays, tokens, mu, last, np.zeros((rows, ranks), np.float32), self._samples.empty(rows)
-            return run_sampler.lower(*inputs, structure=structure, config=config, mesh=self._mesh)
+        def sampling(rows: int) -> Recipe:
+            arguments = arrays, tokens, mu, last, np.zeros((rows, ranks), np.float32), self._samples.empty(rows)
+            return Recipe(run_sampler, arguments, {"structure": structure, "config": config, "mesh": self._mesh}, (0, 0, 0))
 
         kind = structure, tuple((array.shape, array.dtype) for array in arrays), ranks
-        return self._samplers.setdefault(kind, Programs(lower, self._observe))
+        return self._samplers.setdefault(kind, Programs(sampling, self._observe))
 
     def _rows(self, count: int) -> int:
         """Rows of the sampler's program for so many: powers of two but 2 and 8, for a program takes 35 MB."""

@@ -86,8 +86,8 @@ def init_state(config: ModelConfig, engine: EngineConfig, draft: ModelConfig | N
         allocate = partial(jnp.zeros, device=NamedSharding(mesh, sharding.CACHE))
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     caches = [init_cache(c, num_pages, engine.page_size, jnp.dtype(engine.cache_dtype), allocate) for c in (config, draft) if c]
-    tokens = jnp.zeros((engine.max_rows, engine.max_context), jnp.int32, device=whole)
-    mu = jnp.zeros(engine.max_rows, jnp.float32, device=whole)
+    tokens = jax.device_put(np.zeros((engine.max_rows, engine.max_context), np.int32), whole)  # jnp.zeros would be compiled first
+    mu = jax.device_put(np.zeros(engine.max_rows, np.float32), whole)
     return EngineState(cache=caches[0], tokens=tokens, mu=mu, draft=caches[1] if draft else None)
 
 

@@ -94,12 +94,12 @@ class Arena:
 
     def finish(self, params: Any) -> Any:
         """A tree of what was packed here, and of other leaves, with this memory as a jax array in all of its weights."""
-        whole = jnp.asarray(self._memory)
+        whole = jax.device_put(self._memory)  # without a copy
 
         def finished(leaf: Any) -> Any:
             if not isinstance(leaf, Tiled):
                 return leaf
-            return dataclasses.replace(leaf, data=whole if leaf.data is self._memory else jnp.asarray(leaf.data))
+            return dataclasses.replace(leaf, data=whole if leaf.data is self._memory else jax.device_put(leaf.data))
 
         return jax.tree.map(finished, params, is_leaf=lambda leaf: isinstance(leaf, Tiled))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -57,6 +58,7 @@ class ModelFile:
         return stored(self.config, table, types, source=str(self.path), form=form, dtype=dtype)
 
 
+@memory.collection_paused()
 def load(
     name_or_path: str | Path,
     *,
@@ -89,12 +91,11 @@ def load(
     storage = file.stored(form, dtype)
     check_memory(config, storage, engine)
     table, sizes, read = tensor_reader(file.gguf, config)
-    params = build_params(config, table, sizes, read, source=source, form=form, dtype=dtype, storage=storage, progress=progress)
+    with ThreadPoolExecutor(1) as pool:  # packing the weights leaves Python free most of the time
+        text = pool.submit(_tokenizer_and_template, file.gguf, config, source)
+        params = build_params(config, table, sizes, read, source=source, form=form, dtype=dtype, storage=storage, progress=progress)
+        tokenizer, template = text.result()
     memory.trim()
-    tokenizer = Tokenizer.from_gguf(file.gguf.metadata)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ModelFileError(f"{source}: {tokenizer.vocab_size} tokens but only {config.vocab_size} embeddings")
-    template = _chat_template(file.gguf, tokenizer)
     model = Model(str(name_or_path), file.path, config, params, tokenizer, template, file.gguf.metadata, dtype)
     return _with_adapters(model, [*file.adapters, *adapters])
 
@@ -150,6 +151,13 @@ def check_memory(config: ModelConfig, stored: planning.Stored, engine: EngineCon
     plan = planning.make_plan(config, engine, weights, runtime=planning.RUNTIME if on_cpu else 0)
     plan = dataclasses.replace(plan, activations=plan.activations + expanded)
     planning.check(plan, engine.cache_tokens or planning.served_context(config, engine), free)
+
+
+def _tokenizer_and_template(file: GGUFFile, config: ModelConfig, source: str) -> tuple[Tokenizer, ChatTemplate]:
+    tokenizer = Tokenizer.from_gguf(file.metadata)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelFileError(f"{source}: {tokenizer.vocab_size} tokens but only {config.vocab_size} embeddings")
+    return tokenizer, _chat_template(file, tokenizer)
 
 
 def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:

@@ -89,7 +89,7 @@ def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str, tile: C
     if len(value.shape) == 2 and (form == "tiled" or (form == "packed" and isinstance(value, Blocks))):
         packed = pack(value.codes, value.scales, value.mins, bits=value.bits, group=value.group) if isinstance(value, Blocks) else value
         if form == "packed" or can_pack(packed):
-            return jax.tree.map(jnp.asarray, packed) if form == "packed" else tile(packed)
+            return jax.tree.map(jax.device_put, packed) if form == "packed" else tile(packed)
     dense = value.dequantize() if isinstance(value, Blocks) else value
     # A copy: jax would otherwise keep the file's map, and with it the whole file, in memory for a norm's sake.
     return jnp.array(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype), copy=True)

@@ -44,7 +44,7 @@ def matrix_dtype(form: WeightForm, dtype: str) -> str:
 
 
 def _tiled(leaf: jax.Array) -> Any:
-    return jax.tree.map(jnp.asarray, pack_tiles(leaf)) if leaf.ndim == 2 else leaf.astype(jnp.float32)
+    return jax.tree.map(jax.device_put, pack_tiles(leaf)) if leaf.ndim == 2 else leaf.astype(jnp.float32)
 
 
 def _same(leaf: jax.Array) -> jax.Array:
