@@ -6,7 +6,8 @@ namespace tars {
 namespace {
 
 constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels stay in a 1 MiB second-level cache
-constexpr int64_t kMostChunkBytes = 64 << 10, kLeastChunkBytes = 8 << 10;
+constexpr int64_t kLeastChunkBytes = 8 << 10;
+constexpr double kShareOfRound = 0.9;  // of the tiles that are left
 constexpr int64_t kFewRows = 64, kRowsPerTask = 2;  // few rows are prepared two at a time, so that all threads have some
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 
@@ -69,11 +70,16 @@ void ProductRunner::fetch(int64_t chunk) const {
   }
 }
 
-// Runs of tiles, ever shorter, so that all threads end at about the same time; of even length, for two are multiplied at once.
+// Rounds of one run of tiles for each thread, ever shorter, so that all end at about the same time: most of a product in the first, for a
+// processor's own prefetcher wants long runs. Of even length, for two tiles are multiplied at once.
 void ProductRunner::cut(int threads) {
   const int64_t tile_bytes = std::max<int64_t>(bytes_ / std::max<int64_t>(total_tiles_, 1), 1);
-  const int64_t least = round_up(std::max<int64_t>(kLeastChunkBytes / tile_bytes, 1), 2), most = std::max(kMostChunkBytes / tile_bytes, least);
-  for (int64_t at = 0; at < total_tiles_; at += round_up(std::clamp((total_tiles_ - at) / (2 * threads), least, most), 2)) chunks_.push_back(at);
+  const int64_t least = round_up(std::max<int64_t>(kLeastChunkBytes / tile_bytes, 1), 2);
+  for (int64_t at = 0; at < total_tiles_;) {
+    const int64_t fair = static_cast<int64_t>(kShareOfRound * static_cast<double>(total_tiles_ - at)) / threads;
+    const int64_t size = round_up(std::max(fair, least), 2);
+    for (int i = 0; i < threads && at < total_tiles_; ++i, at += size) chunks_.push_back(at);
+  }
   chunks_.push_back(total_tiles_);
 }
 
