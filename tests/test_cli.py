@@ -259,6 +259,13 @@ def test_engine_failure(cli: Cli, backend: None, loader: FakeLoader) -> None:
     assert cli("run", "fake", "hi") == (1, "one \n", "Error: out of memory\n")
 
 
+def test_run_says_how_a_file_is_run(cli: Cli, tmp_path: Path) -> None:
+    (file := tmp_path / "m.gguf").write_bytes(b"GGUF")
+    code, _, err = cli("run", str(file), "hi")
+    assert code == 1
+    assert "tars create NAME -f Modelfile" in err
+
+
 def test_run_pulls_what_is_missing(cli: Cli, backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tars_jax.hub.pull", fake_pull)
     code, out, err = cli("run", "other", "hi")

@@ -401,7 +401,7 @@ def test_other_examples_cannot_be_resumed_with(evolution: Evolution, tmp_path: P
         job.resume(tmp_path, Evolution(evolution.model, evolution.examples[1:], SETTINGS, other=TEXT))
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"format": "x"}', '{"format": "tars seed log 1", "settings": 3}'])
+@pytest.mark.parametrize("content", ["", "{}", '{"format": "x"}', '{"format": "tars seed log 2", "settings": 3}'])
 def test_what_is_no_seed_log_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "seeds.json"
     path.write_text(content)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from tars_jax.config import ModelConfig
-from tars_jax.errors import ModelFileError
+from tars_jax.errors import ModelFileError, ModelNotFound
 from tars_jax.loaders.gguf import open_gguf
 from tars_jax.loaders.gguf_model import read_config, tensor_reader
 from tars_jax.loaders.loaded import _score, _single_row
 from tars_jax.loaders.names import GGUF, HUGGING_FACE, canonical
+from tars_jax.loaders.opening import ModelFile
 from tars_jax.loaders.params import build_params
 
 gguf = pytest.importorskip("gguf")
@@ -104,6 +105,12 @@ def test_a_misshaped_tensor_is_named(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((63, 32), np.float32)
     with pytest.raises(ModelFileError, match=r"blk\.0\.ffn_up\.weight has shape \[63, 32\], expected \[64, 32\]"):
         load(write(tmp_path / "m.gguf", "llama", hf, tensors))
+
+
+@pytest.mark.parametrize("path", ["missing.gguf", "/missing/model"])
+def test_a_missing_file_is_no_model_name(path: str) -> None:
+    with pytest.raises(ModelNotFound, match="no such file"):
+        ModelFile.open(path)
 
 
 def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def run(
     from api.settings import Settings
     from tars_jax.cli import backends
 
+    if model.endswith(".gguf") and Path(model).is_file():
+        raise InvalidRequest(f"{model} is a file; to give it a name, write 'FROM {model}' to Modelfile: tars create NAME -f Modelfile")
     text, is_chat = _prompt(prompt or [])
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": repeat_penalty}
     options |= {"seed": seed, "num_predict": num_predict, "num_ctx": num_ctx}

@@ -23,7 +23,7 @@ from tars_jax.evolve.fitness import Fitness
 from tars_jax.evolve.settings import Settings
 from tars_jax.loaders.loaded import Model
 
-FORMAT = "tars seed log 1"
+FORMAT = "tars seed log 2"  # 1: `a` lay the other way round
 
 
 def write_seed_log(path: Path, evolution: Evolution, state: State, best: int, vector: jax.Array) -> None:

@@ -14,7 +14,7 @@ from tars_jax import compile_cache, kernels, memory, planning, presets
 from tars_jax.adapters import Adapter, apply_adapter
 from tars_jax.chat import CHATML, ChatTemplate
 from tars_jax.config import EngineConfig, ModelConfig, models_dir
-from tars_jax.errors import ModelFileError
+from tars_jax.errors import ModelFileError, ModelNotFound
 from tars_jax.loaders.blocks import TYPES
 from tars_jax.loaders.gguf import GGUFFile, open_gguf
 from tars_jax.loaders.gguf_adapter import read_gguf_adapter
@@ -44,6 +44,8 @@ class ModelFile:
         path = Path(name_or_path).expanduser()
         if path.is_file():
             return cls(path, open_gguf(path))
+        if path.is_absolute() or path.suffix == ".gguf":  # no name of a model
+            raise ModelNotFound(f"{path}: no such file")
         stored = (store or Store(models_dir())).find(str(name_or_path))
         return cls(stored.model_path, open_gguf(stored.model_path), tuple(stored.adapter_paths))
 
