@@ -9,6 +9,7 @@ Everything here runs on one event loop; only loading and closing happen in threa
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import itertools
 import logging
 import time
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING
 from api.relay import Relay
 from api.settings import Settings
 from api.telemetry import Telemetry
-from tars_jax import memory
 from tars_jax.config import EngineConfig
 from tars_jax.engine.responses import ResponseCache
 from tars_jax.engine.versions import Versions
@@ -251,7 +251,7 @@ class Models:
         context = min(entry.num_ctx, model.config.context_length)
         engine = self._make_engine(model, dataclasses.replace(config, max_context=context))
         entry.versions.serve(engine)
-        memory.settle()
+        gc.freeze()  # what is there now stays: a collection that looks at all of it stops every stream for 60 ms
         return model, engine
 
     async def _make_room(self, newcomer: Loaded) -> None:
@@ -281,7 +281,9 @@ class Models:
             self._entries.remove(entry)
             if not entry.holders:
                 del entry.model, entry.engine
-                memory.settle()  # cycles must not keep gigabytes until the next collection
+                gc.unfreeze()
+                gc.collect()  # cycles must not keep gigabytes until the next collection
+                gc.freeze()
         log.info("unloaded %s", entry.name)
 
 

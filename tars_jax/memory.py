@@ -57,13 +57,6 @@ def collection_paused() -> Iterator[None]:
                 gc.enable()
 
 
-def settle() -> None:
-    """Collect cycles, and take what is left for what stays: a full collection would stop every stream for 60 ms to look at it again."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-
-
 def _system_free_bytes() -> int:
     try:
         with open("/proc/meminfo") as lines:
