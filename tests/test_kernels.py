@@ -167,7 +167,7 @@ def added(x: np.ndarray, w: Any) -> np.ndarray:
     """What the updates on a weight add to its product with x."""
     if not isinstance(w, quant.LowRank):
         return np.zeros((len(x), w.shape[0]), np.float32)
-    a, b = np.broadcast_to(w.a, (*w.a.shape[-3:-2], *w.a.shape[-2:])), np.asarray(w.b)
+    a, b = np.asarray(w.a), np.asarray(w.b)
     rows = a if a.ndim == 3 else a[None]
     inner = np.asarray(w.scale) * (x @ b.T)
     return np.einsum("tr,tro->to", inner, np.repeat(rows, len(x) // len(rows), axis=0)) + added(x, w.base)

@@ -358,9 +358,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_blocks, tars::blocks,
                               Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()
                                   .Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<AnyBuffer>().Arg<AnyBuffer>()
                                   .RemainingArgs().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<Int64s>("formats")
-                                  .Attr<Int64s>("updates").Attr<Int64s>("sources").Attr<Int64s>("first_pages").Attr<Int64s>("rotates").Attr<int64_t>("heads").Attr<int64_t>("head_dim")
-                                  .Attr<int64_t>("activation").Attr<int64_t>("window").Attr<float>("scale").Attr<float>("softcap")
-                                  .Attr<float>("eps"));
+                                  .Attr<Int64s>("updates").Attr<Int64s>("sources").Attr<Int64s>("first_pages").Attr<Int64s>("rotates")
+                                  .Attr<int64_t>("heads").Attr<int64_t>("head_dim").Attr<int64_t>("activation").Attr<int64_t>("window")
+                                  .Attr<float>("scale").Attr<float>("softcap").Attr<float>("eps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_attention, tars::attention,
                               Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()
