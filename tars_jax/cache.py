@@ -9,8 +9,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from tars_jax import struct
 from tars_jax.config import ModelConfig
 
 SCALE_BYTES = 4  # of an 8-bit vector

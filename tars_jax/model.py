@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from tars_jax import kernels, ops
+from tars_jax import kernels, ops, struct
 from tars_jax.cache import KVCache, RaggedBatch, write_slots
 from tars_jax.config import ModelConfig
 

@@ -19,12 +19,16 @@ LOG_FLOAT_MAX = 88.7228391  # of float32: a DRY penalty grows no further
 
 def adjust(logits: jax.Array, rows: SampleRows, table: jax.Array) -> jax.Array:
     """All of them, in llama.cpp's order: bias, penalties, DRY, then the mask (which no other may undo) and top-n-sigma."""
-    repeated = (rows.repeat_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
-    logits = _where_any(rows.biased, _bias, logits, rows, table)
-    logits = _where_any(repeated & (rows.window > 0), _penalize, logits, rows, table)
+    logits = penalize(_where_any(rows.biased, _bias, logits, rows, table), rows, table)
     logits = _where_any(_has_dry(rows), _dry, logits, rows, table)
     logits = _where_any(rows.masked, _mask, logits, rows, table)
     return _where_any(rows.random & (rows.top_n_sigma > 0), _top_n_sigma, logits, rows, table)
+
+
+def penalize(logits: jax.Array, rows: SampleRows, table: jax.Array) -> jax.Array:
+    """The penalties for repetition alone."""
+    repeated = (rows.repeat_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    return _where_any(repeated & (rows.window > 0), _penalize, logits, rows, table)
 
 
 def _where_any(wanted: jax.Array, change: Change, logits: jax.Array, rows: SampleRows, table: jax.Array) -> jax.Array:

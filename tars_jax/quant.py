@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 
 NIBBLE_OFFSET = 8  # 4-bit codes without minima are signed, -8..7, and stored with this offset

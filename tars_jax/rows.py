@@ -37,6 +37,7 @@ FIELDS: dict[str, type] = {  # of a packed row: every number of `SampleRows`
     "length": np.int32,
 }
 COLUMN = {name: column for column, name in enumerate(FIELDS)}
+CANDIDATES = 64  # rows with a top-k up to this, and no other filters than top-p and min-p, never look at the rest of the vocabulary
 GREEDY = {"top_p": 1.0, "typical_p": 1.0, "repeat_penalty": 1.0, "dry_base": 1.75, "top_logprobs": -1, "mu": math.nan}  # else 0
 
 
@@ -44,6 +45,28 @@ def pack_row(**numbers: float) -> np.ndarray:
     """A row's numbers as int32 [len(FIELDS)], floats by their bits; those not given are those of a greedy row."""
     wanted = {**GREEDY, **numbers}
     return np.concatenate([np.array([wanted.get(name, 0)], dtype).view(np.int32) for name, dtype in FIELDS.items()])
+
+
+def is_plain(row: np.ndarray) -> bool:
+    """Whether a packed row wants no more than a temperature, a top-k up to `CANDIDATES`, top-p, min-p and penalties for repetition: most
+    do, and a program for these alone is a third of the whole."""
+    if any(row[column] != value for column, value in _UNUSED.items()):
+        return False
+    return bool(row[[COLUMN["temperature"]]].view(np.float32)[0] <= 0 or 0 < row[COLUMN["top_k"]] <= CANDIDATES)
+
+
+_SPECIAL = (
+    "typical_p",
+    "top_n_sigma",
+    "xtc_probability",
+    "dynatemp_range",
+    "dry_multiplier",
+    "mirostat",
+    "top_logprobs",
+    "biased",
+    "masked",
+)
+_UNUSED = {COLUMN[name]: int(pack_row()[COLUMN[name]]) for name in _SPECIAL}  # the numbers of a row that does without
 
 
 def pack_biases(biases: tuple[tuple[int, float], ...]) -> np.ndarray:

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
+from tars_jax import struct
 from tars_jax.config import MAX_BIASES
 from tars_jax.rows import FIELDS
 

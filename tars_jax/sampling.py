@@ -1,4 +1,4 @@
-"""Choosing tokens: one compiled program, in which per-row arrays say what each row wants.
+"""Choosing tokens: a compiled program in which per-row arrays say what each row wants, and a smaller one for rows that want little.
 
 Filters act in llama.cpp's order: penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature; mirostat takes the place
 of those after top-n-sigma. At temperature 0 only biases, penalties and masks act. A row's noise depends only on its seed and its position,
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from tars_jax.filters import draw_filtered, position_keys
-from tars_jax.penalties import adjust
+from tars_jax.penalties import adjust, penalize
 from tars_jax.ranking import argmax, top_k
+from tars_jax.rows import CANDIDATES
 from tars_jax.sample_rows import SampleRows
 
-CANDIDATES = 64  # rows with a top-k up to this, and no other filters than top-p and min-p, never look at the rest of the vocabulary
 MAX_TOP_LOGPROBS = 20
 
 
@@ -30,31 +30,41 @@ class Sampled(NamedTuple):
     mu: jax.Array  # bits: where mirostat stands now
 
 
-def sample(logits: jax.Array, rows: SampleRows, table: jax.Array, mu: jax.Array) -> Sampled:
+def sample(logits: jax.Array, rows: SampleRows, table: jax.Array, mu: jax.Array, *, plain: bool = False) -> Sampled:
     """One token per row from float32 logits [R, V].
 
     table: int32 [S, L], the tokens of each slot so far; mu: float32 [S], where mirostat stands in each. Log-probabilities are the
-    model's own, before penalties and filters.
+    model's own, before penalties and filters. plain: all rows are, see `rows.is_plain`.
     """
     mu = jnp.where(jnp.isnan(rows.mu), mu.at[rows.slot].get(mode="fill", fill_value=0.0), rows.mu)
+    if plain:
+        return Sampled(_choose_plain(penalize(logits, rows, table), rows), *_no_logprobs(logits), mu)
     tokens, mu = _choose(adjust(logits, rows, table), rows, mu)
-    own, ids, top = lax.cond((rows.top_logprobs >= 0).any(), log_probabilities, _no_logprobs, logits, tokens)
+    own, ids, top = lax.cond((rows.top_logprobs >= 0).any(), log_probabilities, lambda z, _: _no_logprobs(z), logits, tokens)
     return Sampled(tokens, own, ids, top, mu)
 
 
 def _choose(logits: jax.Array, rows: SampleRows, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens and where mirostat stands then. Greedy rows cost an argmax, rows with a small top-k a partial sort of few, others several
     passes over all logits; each way is taken only if some row needs it."""
-    narrow = rows.random & (rows.top_k > 0) & (rows.top_k <= CANDIDATES) & ~rows.special
-    wide = rows.random & ~narrow
-    tokens = lax.cond((~rows.random).any(), argmax, lambda z: jnp.zeros(z.shape[0], jnp.int32), logits)
-    tokens = lax.cond(narrow.any(), lambda: jnp.where(narrow, _draw_few(logits, rows), tokens), lambda: tokens)
+    tokens, wide = _choose_plain(logits, rows), rows.random & ~_narrow(rows)
 
     def draw_wide() -> tuple[jax.Array, jax.Array]:
         drawn, after = draw_filtered(logits, rows, mu)
         return jnp.where(wide, drawn, tokens), jnp.where(wide, after, mu)
 
     return lax.cond(wide.any(), draw_wide, lambda: (tokens, mu))
+
+
+def _narrow(rows: SampleRows) -> jax.Array:
+    return rows.random & (rows.top_k > 0) & (rows.top_k <= CANDIDATES) & ~rows.special
+
+
+def _choose_plain(logits: jax.Array, rows: SampleRows) -> jax.Array:
+    """The tokens of greedy rows and of those with a small top-k."""
+    narrow = _narrow(rows)
+    tokens = lax.cond((~rows.random).any(), argmax, lambda z: jnp.zeros(z.shape[0], jnp.int32), logits)
+    return lax.cond(narrow.any(), lambda: jnp.where(narrow, _draw_few(logits, rows), tokens), lambda: tokens)
 
 
 def _draw_few(logits: jax.Array, rows: SampleRows) -> jax.Array:
@@ -83,6 +93,6 @@ def log_probabilities(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, 
     return own[:, 0], jnp.pad(ids, missing), top
 
 
-def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _no_logprobs(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     shape = (logits.shape[0], MAX_TOP_LOGPROBS)
     return jnp.zeros(shape[0], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)

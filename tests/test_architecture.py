@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a module may import what stands before it, and its own package.
 ORDER = [
     "tars_jax.errors",
+    "tars_jax.struct",
     "tars_jax.intervals",
     "tars_jax.optim",
     "tars_jax.config",

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from tars_jax import cache, kernels, model, ops, quant
 from tars_jax.attention import ragged_attention
 from tars_jax.config import ModelConfig
 from tars_jax.kernels import native
+from tars_jax.loaders.blocks import decode
 from tests.test_attention import ragged
 from tests.tiny import CONFIG
 
@@ -88,6 +90,17 @@ def test_tiles_hold_the_weight(kind: Any) -> None:
     np.testing.assert_allclose(kernels.untile(tiled), dense(w), atol=1e-6)
     ids = np.array([36, 0, 17, 5], np.int32)
     np.testing.assert_allclose(kernels.take_rows(tiled, jnp.asarray(ids)), dense(w)[ids], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
+def test_a_file_s_blocks_are_packed_where_they_lie(name: str) -> None:
+    type_id = int(gguf.GGMLQuantizationType[name])
+    raw = gguf.quants.quantize(normals(37, 96), gguf.GGMLQuantizationType[name])
+    blocks = decode(type_id, raw.reshape(-1), (37, 96))
+    views = blocks.views()
+    w = quant.pack(blocks.codes, blocks.scales, blocks.mins, bits=blocks.bits, group=blocks.group)
+    found = kernels.pack_tiles(kernels.Groups(*views, blocks.bits, blocks.group))
+    np.testing.assert_array_equal(found.data, kernels.pack_tiles(w).data)
 
 
 def test_weights_in_one_arena_are_the_weights_alone() -> None:

@@ -95,7 +95,7 @@ def test_activations_are_estimated_from_above_and_closely(shape: dict[str, int],
     model = tiny_model(num_layers=1, **shape)  # one: layers follow each other
     config = resolve(EngineConfig(max_context=128, cache_tokens=1024, max_step_tokens=tokens, max_rows=rows), model)
     runner = Runner(model, config)
-    step, sampler = runner._weights.compiled.steps.get(tokens), runner._weights.compiled.samplers.get(rows)
+    step, sampler = runner._weights.compiled.steps.get(tokens), runner._weights.compiled.samplers.get((rows, True))
     buffers = [program.memory_analysis().temp_size_in_bytes for program in (step, sampler)]  # as XLA has planned them
     needed = max(buffers)
     assert needed <= planning.activations_nbytes(model.config, config) <= 1.5 * needed

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from tars_jax import compile_cache
+from tars_jax import compile_cache, struct
 from tars_jax.compile_cache import Recipe
 from tars_jax.engine.programs import Programs
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from tars_jax.ranking import argmax, top_k
-from tars_jax.sampling import CANDIDATES, MAX_TOP_LOGPROBS
+from tars_jax.rows import CANDIDATES, is_plain, pack_row
+from tars_jax.sampling import MAX_TOP_LOGPROBS
 from tests.sampler import VOCAB, draw, frequencies, softmax
 
 
@@ -101,3 +102,23 @@ def test_top_k_equals_a_full_sort(columns: int) -> None:
     values, ids = top_k(jnp.asarray(x), 5)
     np.testing.assert_array_equal(ids, np.argsort(-x, axis=1, kind="stable")[:, :5])
     np.testing.assert_array_equal(values, np.take_along_axis(x, np.asarray(ids), 1))
+
+
+@pytest.mark.parametrize(
+    ("wish", "plain"),
+    [
+        ({}, True),
+        ({"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repeat_penalty": 1.1, "window": 64}, True),
+        ({"top_k": 0, "presence_penalty": 1.0}, True),
+        ({"temperature": 1.0}, False),
+        ({"temperature": 1.0, "top_k": CANDIDATES + 1}, False),
+        ({"temperature": 1.0, "top_k": 40, "typical_p": 0.9}, False),
+        ({"mirostat": 2}, False),
+        ({"dry_multiplier": 0.8}, False),
+        ({"top_logprobs": 0}, False),
+        ({"biased": 1}, False),
+        ({"masked": 1}, False),
+    ],
+)
+def test_rows_are_plain_that_want_no_special_filter(wish: dict[str, float], plain: bool) -> None:
+    assert is_plain(pack_row(**wish)) == plain

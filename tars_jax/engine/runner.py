@@ -33,9 +33,9 @@ class Compiled(NamedTuple):
     """What depends on the structure of the weights alone: what makes the steps' inputs, and the programs."""
 
     batches: Batches
-    steps: Programs
-    drafts: Programs
-    samplers: Programs
+    steps: Programs[int]  # by bucket
+    drafts: Programs[int]
+    samplers: Programs[tuple[int, bool]]  # by rows, and whether some are not plain
     head_ranks: int  # of the adapters that update the head
 
 
@@ -73,7 +73,7 @@ class Runner:
         self.nbytes: int = model.nbytes + caches + (draft.nbytes if draft else 0)
         self._known: dict[Any, Compiled] = {}  # by structure, the latest last
         self._ahead: list[int] = []  # buckets to be compiled before they are needed
-        self._samplers: dict[Any, Programs] = {}  # by structure of the head
+        self._samplers: dict[Any, Programs[tuple[int, bool]]] = {}  # by structure of the head
         self._weights = self._placed(model.params, AdapterSlots())
 
     @property
@@ -90,7 +90,7 @@ class Runner:
         """Compile in the background: the step of one token, and ``everything`` else after it."""
         self._ahead = buckets(self._config) if everything else [1]
         self._weights.compiled.steps.prepare(self._ahead)
-        self._weights.compiled.samplers.prepare(sorted({self._rows(bucket) for bucket in self._ahead}))
+        self._weights.compiled.samplers.prepare(sorted({(self._rows(bucket), False) for bucket in self._ahead}))
 
     def compiled(self) -> list[int]:
         """Buckets whose step is ready, smallest first."""
@@ -98,8 +98,10 @@ class Runner:
 
     def stop_compiling(self) -> None:
         """Begin no further compilation in the background."""
-        for programs in [compiled.steps for compiled in self._known.values()] + list(self._samplers.values()):
-            programs.stop()
+        for compiled in self._known.values():
+            compiled.steps.stop()
+        for samplers in self._samplers.values():
+            samplers.stop()
 
     def send(self, plan: Plan) -> tuple[int, jax.Array, jax.Array]:
         """Start a step, and before it the drafting of the guesses it is to check: its bucket, and to come the states for `sample` and for
@@ -121,7 +123,7 @@ class Runner:
         for row, span in enumerate(sampled if now.compiled.head_ranks else ()):
             _add_strengths(strengths[row], span)
         batch = self._samples.build(plan, rows)
-        program = now.compiled.samplers.get(rows)
+        program = now.compiled.samplers.get((rows, not all(span.sequence.plain for span in sampled)))
         tokens, mu, out = program(now.head, self._state.tokens, self._state.mu, last, strengths, batch)
         self._state = dataclasses.replace(self._state, tokens=tokens, mu=mu)
         return out
@@ -154,12 +156,14 @@ class Runner:
             _check_same_model(params, self._model.params)
         weights = self._placed(params or now.params, adapters or now.adapters)
         if weights.compiled is not now.compiled:
-            wanted = [(weights.compiled.steps, bucket) for bucket in sorted({*self._ahead, *now.compiled.steps.compiled()})]
+            wanted: list[tuple[Programs[Any], Any]] = [
+                (weights.compiled.steps, bucket) for bucket in sorted({*self._ahead, *now.compiled.steps.compiled()})
+            ]
             wanted += [(weights.compiled.drafts, bucket) for bucket in now.compiled.drafts.compiled()]
-            wanted += [(weights.compiled.samplers, rows) for rows in now.compiled.samplers.compiled()]
-            for programs, bucket in wanted:
+            wanted += [(weights.compiled.samplers, kind) for kind in now.compiled.samplers.compiled()]
+            for programs, kind in wanted:
                 if not stopped():
-                    programs.get(bucket)
+                    programs.get(kind)
         return weights
 
     def use(self, weights: Weights) -> None:
@@ -221,7 +225,7 @@ class Runner:
         samplers = self._sampler_programs(top, head_ranks)
         return Compiled(batches, Programs(step, self._observe), Programs(drafting, self._observe), samplers, head_ranks)
 
-    def _sampler_programs(self, top: Decoder, ranks: int) -> Programs:
+    def _sampler_programs(self, top: Decoder, ranks: int) -> Programs[tuple[int, bool]]:
         """Those of a head of these shapes: the same for all weights that differ in their layers alone."""
         head_arrays, structure = flatten(top)
         arrays = [_shape(array) for array in head_arrays]
@@ -229,15 +233,17 @@ class Runner:
         size, config = (self._config.max_rows, self._model.config.hidden_size), self._model.config
         last = jax.ShapeDtypeStruct(size, jnp.dtype(self._model.dtype), sharding=tokens.sharding)
 
-        def sampling(rows: int) -> Recipe:
+        def sampling(kind: tuple[int, bool]) -> Recipe:
+            rows, full = kind
             arguments = arrays, tokens, mu, last, np.zeros((rows, ranks), np.float32), self._samples.empty(rows)
-            return Recipe(run_sampler, arguments, {"structure": structure, "config": config, "mesh": self._mesh}, (0, 0, 0))
+            static = {"structure": structure, "config": config, "plain": not full, "mesh": self._mesh}
+            return Recipe(run_sampler, arguments, static, (0, 0, 0))
 
         kind = structure, tuple((array.shape, array.dtype) for array in arrays), ranks
         return self._samplers.setdefault(kind, Programs(sampling, self._observe))
 
     def _rows(self, count: int) -> int:
-        """Rows of the sampler's program for so many: powers of two but 2 and 8, for a program takes 35 MB."""
+        """Rows of the sampler's program for so many: powers of two but 2 and 8, for a program of all filters takes 21 MB."""
         rows = 1 << max(count - 1, 0).bit_length()
         return min(2 * rows if rows in (2, 8) else rows, self._config.max_rows)
 

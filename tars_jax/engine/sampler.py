@@ -40,7 +40,7 @@ def head(params: Decoder) -> Decoder:
     return dataclasses.replace(params, layers=(), embed=params.embed if params.lm_head is None else None)
 
 
-@partial(jax.jit, static_argnames=("structure", "config", "mesh"), donate_argnames=("tokens", "mu"))
+@partial(jax.jit, static_argnames=("structure", "config", "plain", "mesh"), donate_argnames=("tokens", "mu"))
 def run_sampler(
     arrays: list[jax.Array],
     tokens: jax.Array,
@@ -51,23 +51,24 @@ def run_sampler(
     *,
     structure: Structure,
     config: ModelConfig,
+    plain: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(tokens, mu, out)``: the token table int32 [S, L] with the rows' new tokens, where mirostat stands in each slot, and what
     `read_row` reads, int32 [R, 4 + 2 * MAX_TOP_LOGPROBS].
 
     arrays: of the `head`, flattened; last: states of the last layer, of which the first R are sampled after; strengths: float32
-    [R, ranks], of their adapters, where one updates the head."""
+    [R, ranks], of their adapters, where one updates the head; plain: all rows are, see `rows.is_plain`."""
     params = fill_scales(structure.fill(arrays), strengths)
     scores = logits(params, config, last[: len(strengths)])
     if mesh is not None:
         scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
     rows = unpack_rows(batch.numbers, batch.extras)
-    sampled = sample(scores, rows, tokens, mu)
+    sampled = sample(scores, rows, tokens, mu, plain=plain)
     read = tokens.at[rows.slot, rows.length - 1].get(mode="fill", fill_value=0)
     tokens = tokens.at[rows.slot, rows.length].set(sampled.tokens, mode="drop")
     mu = mu.at[rows.slot].set(sampled.mu, mode="drop")
-    return tokens, mu, _pack(sampled, read)
+    return tokens, mu, pack(sampled, read)
 
 
 @partial(jax.jit, static_argnames=("structure", "config"))
@@ -84,10 +85,16 @@ def run_scores(
     strengths: float32 [T, ranks], those of the tokens' adapters."""
     params, _ = structure.fill(arrays)
     own, ids, top = log_probabilities(logits(fill_scales(params, strengths), config, hidden), targets)
-    return _pack(Sampled(targets, own, ids, top, jnp.zeros_like(own)), targets)
+    return pack(Sampled(targets, own, ids, top, jnp.zeros_like(own)), targets)
 
 
-def _pack(sampled: Sampled, read: jax.Array) -> jax.Array:
+def output_width() -> int:
+    """Numbers of a row of `pack`."""
+    return 4 + 2 * MAX_TOP_LOGPROBS
+
+
+def pack(sampled: Sampled, read: jax.Array) -> jax.Array:
+    """What `read_row` reads, int32 [R, output_width()]."""
     floats = jnp.concatenate([sampled.logprob[:, None], sampled.top_logprobs, sampled.mu[:, None]], axis=1)
     numbers = [sampled.tokens[:, None], read[:, None], sampled.top_ids, jax.lax.bitcast_convert_type(floats, jnp.int32)]
     return jnp.concatenate(numbers, axis=1)

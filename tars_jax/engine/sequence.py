@@ -10,7 +10,7 @@ from tars_jax.chat.splitters import MARKERS
 from tars_jax.engine.masks import Mask, ends_of
 from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
 from tars_jax.engine.speculation import Speculation
-from tars_jax.rows import FIELDS, pack_biases, pack_row
+from tars_jax.rows import FIELDS, is_plain, pack_biases, pack_row
 from tars_jax.tokenizer import TextStream, Tokenizer
 
 MAX_SHIFTED = 10  # contexts an answer may fill by shifting, as in Ollama
@@ -94,6 +94,7 @@ class Sequence:
         seed = self.params.seed if self.params.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
         self.seed = seed + index
         self.numbers = self._numbers(max_context)  # int32, how its tokens are sampled
+        self._plain = is_plain(self.numbers)
         self._ends = ends_of(self.params, tokenizer)
         self._text = TextStream(tokenizer, continues=True, keep=MARKERS)
         self._stops = StopStrings(self.params.stop)
@@ -110,6 +111,11 @@ class Sequence:
             "biased": self.biases is not None,
         }
         return pack_row(**{**same, **other})
+
+    @property
+    def plain(self) -> bool:
+        """Whether the smaller sampler does for it."""
+        return self._plain and self.mask is None
 
     @property
     def order(self) -> tuple[int, int]:

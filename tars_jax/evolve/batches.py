@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from tars_jax import struct
 from tars_jax.cache import RaggedBatch
 from tars_jax.evolve.data import Example
 

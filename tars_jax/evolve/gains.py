@@ -10,8 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from tars_jax import struct
 from tars_jax.adapters import Adapter, change_weights
 from tars_jax.evolve.data import Example
 from tars_jax.evolve.settings import Settings

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from tars_jax import struct
 from tars_jax.adapters import Adapter, Update, change_weights
 from tars_jax.config import ModelConfig
 from tars_jax.errors import InvalidRequest

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
-from tars_jax import ops
+from tars_jax import ops, struct
 from tars_jax.cache import RaggedBatch, init_cache
 from tars_jax.config import ModelConfig
 from tars_jax.evolve.batches import PAGE, ScoreBatch, repeat

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
+from tars_jax import struct
 from tars_jax.evolve.settings import Settings
 from tars_jax.evolve.strategy import means
 from tars_jax.optim import GeneticAlgorithm, HybridOptimization, MonteCarlo, Optimizer, SimulatedAnnealing

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from tars_jax import struct
 from tars_jax.adapters import Adapter, steer
 from tars_jax.cache import RaggedBatch
 from tars_jax.config import ModelConfig

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax import lax
+
+from tars_jax import struct
 
 
 class Strategy(Protocol):

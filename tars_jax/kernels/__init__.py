@@ -6,12 +6,13 @@ attention.py do the same, slower.
 
 from tars_jax.kernels.calls import Block, attention, blocks, empty, gated, linear_add, norm_linear, rope_write
 from tars_jax.kernels.native import available, isa, unavailable_reason
-from tars_jax.kernels.tiled import DTYPES, Arena, Tiled, can_pack, pack_tiles, split_tiles, take_rows, tiles_nbytes, untile
+from tars_jax.kernels.tiled import DTYPES, Arena, Groups, Tiled, can_pack, pack_tiles, split_tiles, take_rows, tiles_nbytes, untile
 
 __all__ = [
     "DTYPES",
     "Arena",
     "Block",
+    "Groups",
     "Tiled",
     "attention",
     "available",

@@ -6,14 +6,14 @@ import itertools
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import struct
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.kernels import native
 from tars_jax.quant import QArray
@@ -64,9 +64,30 @@ class Tiled:
         return (self.bits, self.group, int(self.kind == "affine"), DTYPES[self.dtype], *self.shape)
 
 
+class Groups(NamedTuple):
+    """A quantised matrix [O, K] whose groups stand apart, each at the same distance from the one before: views of a file's blocks.
+
+    codes: uint8 [O, K // group, bytes], in a group's order and with the offset of a `QArray`'s; scales, mins: [O, K // group].
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray | None
+    bits: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, groups = self.scales.shape
+        return outputs, groups * self.group
+
+
+Packable = QArray | Groups | np.ndarray | jax.Array
+
+
 def can_pack(w: Any) -> bool:
     """Whether `pack_tiles` takes this weight."""
-    if isinstance(w, QArray):
+    if isinstance(w, QArray | Groups):
         scales = str(w.scales.dtype) in ("float16", "float32") and (w.mins is None or w.mins.dtype == w.scales.dtype)
         return len(w.shape) == 2 and scales and (w.bits, w.group, w.mins is not None) in LAYOUTS
     return getattr(w, "ndim", 0) == 2 and str(getattr(w, "dtype", "")) in DTYPES
@@ -82,7 +103,7 @@ class Arena:
         self._sizes, self._starts = sizes, dict(zip(sizes, itertools.accumulate(room, initial=0), strict=False))
         self._memory: Any = _aligned(sum(room))
 
-    def pack(self, name: str, w: QArray | np.ndarray | jax.Array, threads: int | None = None) -> Tiled:
+    def pack(self, name: str, w: Packable, threads: int | None = None) -> Tiled:
         """`pack_tiles` into the place of that name, or into memory of its own where the weight does not fit there."""
         tiled = _describe(w)
         tiles, size = _layout(tiled.format)
@@ -104,7 +125,7 @@ class Arena:
         return jax.tree.map(finished, params, is_leaf=lambda leaf: isinstance(leaf, Tiled))
 
 
-def pack_tiles(w: QArray | np.ndarray | jax.Array, threads: int | None = None) -> Tiled:
+def pack_tiles(w: Packable, threads: int | None = None) -> Tiled:
     """Repack a weight; the data is a numpy array aligned so that jax takes it without a copy. Raises ValueError, RuntimeError."""
     tiled = _describe(w)
     tiles, size = _layout(tiled.format)
@@ -113,12 +134,27 @@ def pack_tiles(w: QArray | np.ndarray | jax.Array, threads: int | None = None) -
     return dataclasses.replace(tiled, data=data.reshape(tiles, size))
 
 
-def _pack(w: QArray | np.ndarray | jax.Array, tiled: Tiled, out: np.ndarray, threads: int | None) -> None:
-    parts: list[Any] = [w.codes, w.scales, w.mins] if isinstance(w, QArray) else [w, None, None]
-    arrays = [None if part is None else np.ascontiguousarray(np.asarray(part)) for part in parts]
-    pointers = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in arrays]
-    fields = (ctypes.c_int64 * 6)(*tiled.format)
-    native.get().tars_pack(fields, *pointers, ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(threads or min(os.cpu_count() or 1, 8)))
+def _pack(w: Packable, tiled: Tiled, out: np.ndarray, threads: int | None) -> None:
+    parts, steps = _parts(w)
+    pointers = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in parts]
+    fields, distances = (ctypes.c_int64 * 6)(*tiled.format), (ctypes.c_int64 * 2)(*steps)
+    threads = threads or min(os.cpu_count() or 1, 8)
+    native.get().tars_pack(fields, *pointers, distances, ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(threads))
+
+
+def _parts(w: Packable) -> tuple[list[np.ndarray | None], tuple[int, int]]:
+    """Codes (or elements), scales and minima as the packer reads them, and the bytes from a group's codes and scale to the next's."""
+    if not isinstance(w, QArray | Groups):
+        return [np.ascontiguousarray(np.asarray(w)), None, None], (0, 0)
+    codes, scales = np.asarray(w.codes), np.asarray(w.scales)
+    mins = None if w.mins is None else np.asarray(w.mins)
+    if isinstance(w, QArray):
+        codes = codes.reshape(*scales.shape, -1)
+    apart = all(array is None or array.strides[0] == array.shape[1] * array.strides[1] for array in (codes, scales, mins))
+    if not apart or (mins is not None and mins.strides != scales.strides) or codes.strides[2] != 1:
+        codes, scales = np.ascontiguousarray(codes), np.ascontiguousarray(scales)
+        mins = None if mins is None else np.ascontiguousarray(mins)
+    return [codes, scales, mins], (codes.strides[1], scales.strides[1])
 
 
 def untile(w: Tiled) -> jax.Array:
@@ -173,13 +209,13 @@ def take_rows(w: Tiled, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     return call(w.data, ids.astype(jnp.int32), format=np.array((*w.format, w.offset, 0), np.int64)).astype(dtype)
 
 
-def _describe(w: QArray | np.ndarray | jax.Array) -> Tiled:
+def _describe(w: Packable) -> Tiled:
     """A `Tiled` with everything but the data."""
     if not can_pack(w):
         raise ValueError(f"cannot tile a weight of type {type(w).__name__}, shape {getattr(w, 'shape', None)}")
     outputs, inputs = w.shape
     nothing: Any = np.empty(0, np.uint8)
-    if isinstance(w, QArray):
+    if isinstance(w, QArray | Groups):
         kind: Kind = "symmetric" if w.mins is None else "affine"
         return Tiled(nothing, (int(outputs), int(inputs)), kind, w.bits, w.group, str(w.scales.dtype))
     dtype = str(w.dtype)

@@ -1,7 +1,7 @@
 """ggml tensor types: one table, and one form that every quantised type decodes to without loss.
 
 A quantised weight of any ggml type equals ``code * scale (+ min)`` with an int8 code and one scale for each group of 16 or 32
-weights along the last axis. ``decode`` gives exactly these integers and floats, so reading a model and packing it again
+weights along the last axis. `Blocks` gives exactly these integers and floats, so reading a model and packing it again
 start from the same numbers.
 
 Source of the layouts: llama.cpp ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` (MIT licence). All of it is little endian.
@@ -10,6 +10,7 @@ Source of the layouts: llama.cpp ``ggml/src/ggml-common.h`` and ``ggml-quants.c`
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import ml_dtypes
 import numpy as np
@@ -19,36 +20,6 @@ from tars_jax.loaders import codebooks
 from tars_jax.loaders.codebooks import Scales, fields, half, part, single, spread
 
 _CHUNK_WEIGHTS = 1 << 16  # decoded at a time: temporaries stay in the L2 cache, whatever the tensor's size
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """A quantised tensor: value[..., k] = codes[..., k] * scales[..., k // group] (+ mins[..., k // group])."""
-
-    codes: np.ndarray  # int8 [..., K]
-    scales: np.ndarray  # [..., K // group]; float16 where the file holds these very numbers, else float32
-    mins: np.ndarray | None  # added; dtype and shape of scales
-    group: int  # 16 or 32 weights
-    bits: int  # what a code needs, 4, 5, 6 or 8; below 8 codes are 0..2^bits - 1 with mins, else signed
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weights."""
-        return self.codes.shape
-
-    def rows(self, index: np.ndarray) -> "Blocks":
-        """The entries ``index`` (integers) of the first axis, in that order."""
-        mins = None if self.mins is None else self.mins[index]
-        return dataclasses.replace(self, codes=self.codes[index], scales=self.scales[index], mins=mins)
-
-    def dequantize(self) -> np.ndarray:
-        """The weights, float32 [..., K]; rounded once where there are mins or a long product, as ggml does it."""
-        with np.errstate(all="ignore"):  # infinite or NaN scales in a file give such weights, not warnings
-            weights = self.codes.astype(np.float32).reshape(*self.scales.shape, self.group)
-            weights *= self.scales[..., None].astype(np.float32)
-            if self.mins is not None:
-                weights += self.mins[..., None].astype(np.float32)
-        return weights.reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +35,84 @@ class BlockType:
     bits: int = 8
     affine: bool = False  # has mins
     scale_dtype: type[np.float16] | type[np.float32] = np.float32
+    codes_at: int = 0  # in a block that is one group: its scale, its minimum, then its codes as they are, see `Blocks.views`
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A quantised tensor: value[..., k] = codes[..., k] * scales[..., k // group] (+ mins[..., k // group]), decoded when asked for."""
+
+    kind: BlockType
+    data: np.ndarray  # uint8 [..., blocks, type_size], as in the file
+
+    @property
+    def group(self) -> int:
+        """16 or 32 weights."""
+        return self.kind.group
+
+    @property
+    def bits(self) -> int:
+        """What a code needs, 4, 5, 6 or 8; below 8 codes are 0..2^bits - 1 with mins, else signed."""
+        return self.kind.bits
+
+    @property
+    def codes(self) -> np.ndarray:
+        """int8 [..., K]."""
+        return self._decoded[0]
+
+    @property
+    def scales(self) -> np.ndarray:
+        """[..., K // group]; float16 where the file holds these very numbers, else float32."""
+        return self._decoded[1]
+
+    @property
+    def mins(self) -> np.ndarray | None:
+        """Added; dtype and shape of scales."""
+        return self._decoded[2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weights."""
+        return (*self.data.shape[:-2], self.data.shape[-2] * self.kind.block_size)
+
+    def rows(self, index: np.ndarray) -> "Blocks":
+        """The entries ``index`` (integers) of the first axis, in that order."""
+        return dataclasses.replace(self, data=self.data[index])
+
+    def dequantize(self) -> np.ndarray:
+        """The weights, float32 [..., K]; rounded once where there are mins or a long product, as ggml does it."""
+        with np.errstate(all="ignore"):  # infinite or NaN scales in a file give such weights, not warnings
+            weights = self.codes.astype(np.float32).reshape(*self.scales.shape, self.group)
+            weights *= self.scales[..., None].astype(np.float32)
+            if self.mins is not None:
+                weights += self.mins[..., None].astype(np.float32)
+        return weights.reshape(self.shape)
+
+    def views(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
+        """Codes, two a byte if they have 4 bits, uint8 [..., groups, bytes], and float16 scales and mins [..., groups], where they lie;
+        None for a type whose blocks are no single groups of these."""
+        at = self.kind.codes_at
+        if not at:
+            return None
+        numbers = self.data[..., :at].view(np.dtype("<f2"))
+        return self.data[..., at:], numbers[..., 0], numbers[..., 1] if self.kind.affine else None
+
+    @cached_property
+    def _decoded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        kind, blocks = self.kind, self.data.reshape(-1, self.kind.type_size)
+        assert kind.unpack is not None
+        codes = np.empty((len(blocks), kind.block_size), np.int8)
+        scales = np.empty((len(blocks), kind.block_size // kind.group), kind.scale_dtype)
+        mins = np.empty_like(scales) if kind.affine else None
+        step = _CHUNK_WEIGHTS // kind.block_size
+        with np.errstate(all="ignore"):  # infinite or NaN scales in a file are values like others
+            for start in range(0, len(blocks), step):
+                chunk = slice(start, start + step)
+                scales[chunk], offsets = kind.unpack(blocks[chunk], codes[chunk])
+                if mins is not None:
+                    mins[chunk] = offsets
+        groups = (*self.shape[:-1], self.shape[-1] // kind.group)
+        return codes.reshape(self.shape), scales.reshape(groups), None if mins is None else mins.reshape(groups)
 
 
 def _q4_0(blocks: np.ndarray, codes: np.ndarray) -> Scales:
@@ -167,11 +216,11 @@ _HALF = np.float16
 TYPES: dict[int, BlockType] = {
     0: _dense("F32", np.dtype("<f4")),
     1: _dense("F16", np.dtype("<f2")),
-    2: BlockType("Q4_0", 32, 18, unpack=_q4_0, bits=4, scale_dtype=_HALF),
-    3: BlockType("Q4_1", 32, 20, unpack=_q4_1, bits=4, affine=True, scale_dtype=_HALF),
+    2: BlockType("Q4_0", 32, 18, unpack=_q4_0, bits=4, scale_dtype=_HALF, codes_at=2),
+    3: BlockType("Q4_1", 32, 20, unpack=_q4_1, bits=4, affine=True, scale_dtype=_HALF, codes_at=4),
     6: BlockType("Q5_0", 32, 22, unpack=_q5_0, bits=5, scale_dtype=_HALF),
     7: BlockType("Q5_1", 32, 24, unpack=_q5_1, bits=5, affine=True, scale_dtype=_HALF),
-    8: BlockType("Q8_0", 32, 34, unpack=_q8_0, scale_dtype=_HALF),
+    8: BlockType("Q8_0", 32, 34, unpack=_q8_0, scale_dtype=_HALF, codes_at=2),
     10: BlockType("Q2_K", 256, 84, unpack=_q2_k, group=16, bits=4, affine=True),
     11: BlockType("Q3_K", 256, 110, unpack=_q3_k, group=16, bits=4),
     12: BlockType("Q4_K", 256, 144, unpack=_q4_k, bits=4, affine=True),
@@ -198,22 +247,6 @@ TYPES: dict[int, BlockType] = {
     40: BlockType("NVFP4", 64, 36, unpack=codebooks.nvfp4, group=16),
     41: BlockType("Q1_0", 128, 18, unpack=_q1_0, bits=4, scale_dtype=_HALF),
 }
-
-
-def _decode_quantised(kind: BlockType, blocks: np.ndarray, shape: tuple[int, ...]) -> Blocks:
-    assert kind.unpack is not None
-    codes = np.empty((len(blocks), kind.block_size), np.int8)
-    scales = np.empty((len(blocks), kind.block_size // kind.group), kind.scale_dtype)
-    mins = np.empty_like(scales) if kind.affine else None
-    step = _CHUNK_WEIGHTS // kind.block_size
-    with np.errstate(all="ignore"):  # infinite or NaN scales in a file are values like others
-        for start in range(0, len(blocks), step):
-            chunk = slice(start, start + step)
-            scales[chunk], offsets = kind.unpack(blocks[chunk], codes[chunk])
-            if mins is not None:
-                mins[chunk] = offsets
-    groups = (*shape[:-1], shape[-1] // kind.group)
-    return Blocks(codes.reshape(shape), scales.reshape(groups), None if mins is None else mins.reshape(groups), kind.group, kind.bits)
 
 
 def data_size(type_id: int, shape: tuple[int, ...]) -> int:
@@ -243,4 +276,4 @@ def decode(type_id: int, raw: np.ndarray, shape: tuple[int, ...]) -> Blocks | np
     flat = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
     if kind.dtype is not None:
         return flat.view(kind.dtype).reshape(shape)
-    return _decode_quantised(kind, flat.reshape(-1, kind.type_size), shape)
+    return Blocks(kind, flat.reshape(*shape[:-1], shape[-1] // kind.block_size, kind.type_size))

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tars_jax.config import ModelConfig
-from tars_jax.kernels import DTYPES, Arena, can_pack
+from tars_jax.kernels import DTYPES, Arena, Groups, can_pack
 from tars_jax.loaders.blocks import Blocks, BlockType
 from tars_jax.loaders.names import canonical, refuse
 from tars_jax.model import Decoder, leaf_name, spec
 from tars_jax.planning import Storage
-from tars_jax.quant import pack
+from tars_jax.quant import QArray, pack
 
 ReadTensor = Callable[[str, str], np.ndarray | Blocks]  # (name in the file, canonical name) -> value
 WeightForm = Literal["tiled", "packed", "dense"]
@@ -86,10 +86,23 @@ def stored_as(kind: BlockType, form: WeightForm, dtype: str) -> Storage:
 
 
 def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str, tile: Callable[[Any], Any]) -> Any:
-    if len(value.shape) == 2 and (form == "tiled" or (form == "packed" and isinstance(value, Blocks))):
-        packed = pack(value.codes, value.scales, value.mins, bits=value.bits, group=value.group) if isinstance(value, Blocks) else value
-        if form == "packed" or can_pack(packed):
-            return jax.tree.map(jax.device_put, packed) if form == "packed" else tile(packed)
+    if len(value.shape) == 2:
+        if form == "tiled" and can_pack(weight := _packable(value)):
+            return tile(weight)
+        if form == "packed" and isinstance(value, Blocks):
+            return jax.tree.map(jax.device_put, _quantised(value))
     dense = value.dequantize() if isinstance(value, Blocks) else value
     # A copy: jax would otherwise keep the file's map, and with it the whole file, in memory for a norm's sake.
     return jnp.array(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype), copy=True)
+
+
+def _packable(value: np.ndarray | Blocks) -> np.ndarray | Groups | QArray:
+    """What the packer of tiles reads: the file itself where it can."""
+    if not isinstance(value, Blocks):
+        return value
+    views = value.views()
+    return Groups(*views, value.bits, value.group) if views else _quantised(value)
+
+
+def _quantised(value: Blocks) -> QArray:
+    return pack(value.codes, value.scales, value.mins, bits=value.bits, group=value.group)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim.base import Info, Optimizer, Start, State, draw, patience, sampled, summarise, tied
 from tars_jax.optim.gaussian import Covariance, Gaussian, continued, directions, learn, start_gaussian

@@ -10,9 +10,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim.gaussian import Gaussian
 from tars_jax.optim.operators import normal, unit

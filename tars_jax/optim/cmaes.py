@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 
+from tars_jax import struct
 from tars_jax.optim.base import Info, Optimizer, Start, State, draw, sampled, summarise
 from tars_jax.optim.gaussian import Covariance, Gaussian, continued, learn, start_gaussian
 from tars_jax.optim.operators import normal

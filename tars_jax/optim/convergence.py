@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim.base import Info, Optimizer, State, patience, tied
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim.space import Space, Tree
 

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
+
+from tars_jax import struct
 
 Covariance = Literal["auto", "full", "separable", "low_rank"]
 MAX_FULL = 128  # coordinates up to which "auto" keeps a full matrix

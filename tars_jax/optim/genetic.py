@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim import operators
 from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, sampled, scatter, summarise

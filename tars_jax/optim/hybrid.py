@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array, lax
 
+from tars_jax import struct
 from tars_jax.optim.annealing import AnnealingParams, SimulatedAnnealing
 from tars_jax.optim.base import Info, Optimizer, Start, State
 from tars_jax.optim.convergence import Monitor, Reason, Stop, judge, start_monitor

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim.base import Info, Optimizer, Start, State
 

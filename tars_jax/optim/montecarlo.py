@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from flax import struct
 from jax import Array, lax
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 from tars_jax.optim.base import Info, Optimizer, Start, State, confined, draw, sampled, scatter, summarise
 from tars_jax.optim.gaussian import Covariance, Gaussian, continued, learn, start_gaussian

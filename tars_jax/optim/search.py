@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array, lax
 
+from tars_jax import struct
 from tars_jax.errors import FlatFitness
 from tars_jax.optim import checkpoint
 from tars_jax.optim.base import Info, Optimizer

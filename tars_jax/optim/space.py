@@ -10,9 +10,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 
+from tars_jax import struct
 from tars_jax.errors import InvalidRequest
 
 Tree = Any

@@ -12,25 +12,59 @@ namespace {
 
 constexpr uint32_t kOffset128 = 0x80808080;
 
-// The numbers of one weight group (scales or minima), or nothing where the padding begins.
-void pack_scales(const Format& f, const uint8_t* source, int64_t first_row, int64_t rows, int64_t block, uint8_t* out) {
-  const int64_t size = size_of(f.dtype), halves = kGroup / f.group, row_groups = f.inputs / f.group;
-  for (int64_t half = 0; half < halves; ++half) {
-    const int64_t group = block * halves + half;
-    if (group >= row_groups) break;
-    for (int64_t o = 0; o < rows; ++o)
-      std::memcpy(out + (half * kLanes + o) * size, source + ((first_row + o) * row_groups + group) * size, size);
+// The rows and the block of one tile of the source.
+struct Place {
+  int64_t first_row, rows, block;
+};
+
+// The weight groups of a block that are not padding.
+int64_t groups_in(const Format& f, int64_t block) {
+  const int64_t halves = kGroup / f.group;
+  return std::min(halves, f.inputs / f.group - block * halves);
+}
+
+// The first group of a block in a row, where `step` bytes lie between one group and the next.
+const uint8_t* group_at(const Format& f, const uint8_t* source, int64_t step, int64_t row, int64_t block) {
+  return source + (row * (f.inputs / f.group) + block * (kGroup / f.group)) * step;
+}
+
+// The scales or minima of a block.
+template <int kSize>
+void pack_scales(const Format& f, const uint8_t* source, int64_t step, const Place& at, uint8_t* out) {
+  const int64_t next_row = f.inputs / f.group * step;
+  for (int64_t g = 0; g < groups_in(f, at.block); ++g, out += kLanes * kSize) {
+    const uint8_t* in = group_at(f, source, step, at.first_row, at.block) + g * step;
+    for (int64_t o = 0; o < at.rows; ++o) std::memcpy(out + o * kSize, in + o * next_row, kSize);
+  }
+}
+
+// Codes of 4 or 8 bits: kBytes of a group and row.
+template <int kBytes>
+void pack_codes(const Format& f, const Source& s, const Place& at, uint8_t* out) {
+  const uint32_t flip = f.bits == 8 ? kOffset128 : 0;
+  const int64_t next_row = f.inputs / f.group * s.code_step;
+  for (int64_t g = 0; g < groups_in(f, at.block); ++g, out += kBytes * kLanes) {
+    const uint8_t* in = group_at(f, s.codes, s.code_step, at.first_row, at.block) + g * s.code_step;
+    for (int64_t o = 0; o < at.rows; ++o) {
+      uint32_t quads[kBytes / kQuad];
+      std::memcpy(quads, in + o * next_row, kBytes);
+      for (int q = 0; q < kBytes / kQuad; ++q) {
+        quads[q] ^= flip;
+        std::memcpy(out + q * 64 + o * 4, &quads[q], 4);
+      }
+    }
   }
 }
 
 // Codes of 5 or 6 bits, a byte each in the source: nibbles, then the bits above them.
-void pack_split(const Format& f, const uint8_t* codes, int64_t first_row, int64_t rows, int64_t block, uint8_t* out) {
+void pack_split(const Format& f, const Source& s, const Place& at, uint8_t* out) {
   const int bits = static_cast<int>(f.bits), group = static_cast<int>(f.group);
   const uint32_t every = 0x01010101, mask = ((1u << bits) - 1) * every, sign = f.affine ? 0 : (1u << (bits - 1)) * every;
-  const int64_t quads = std::min<int64_t>(kGroup, f.inputs - block * kGroup) / kQuad;
-  for (int64_t o = 0; o < rows; ++o) {
+  const int64_t groups = groups_in(f, at.block), quads = groups * group / kQuad;
+  for (int64_t o = 0; o < at.rows; ++o) {
     uint32_t quad[kGroup / kQuad] = {}, vectors[kNibbleVectors + 2] = {};
-    std::memcpy(quad, codes + (first_row + o) * f.inputs + block * kGroup, quads * kQuad);
+    const uint8_t* in = group_at(f, s.codes, s.code_step, at.first_row + o, at.block);
+    for (int64_t g = 0; g < groups; ++g) std::memcpy(quad + g * group / kQuad, in + g * s.code_step, group);
     for (int q = 0; q < quads; ++q) quad[q] = (quad[q] ^ sign) & mask;
     for (int v = 0; v < kNibbleVectors; ++v)
       vectors[v] = (quad[low_quad(group, v)] & 0x0f0f0f0f) | (quad[high_quad(group, v)] & 0x0f0f0f0f) << 4;
@@ -39,27 +73,23 @@ void pack_split(const Format& f, const uint8_t* codes, int64_t first_row, int64_
   }
 }
 
-void pack_codes(const Format& f, const uint8_t* codes, int64_t first_row, int64_t rows, int64_t block, uint8_t* out) {
-  const int64_t row_bytes = f.inputs * f.bits / 8, block_bytes = kGroup * f.bits / 8;
-  const int64_t bytes = std::min(block_bytes, row_bytes - block * block_bytes);
-  for (int64_t o = 0; o < rows; ++o) {
-    const uint8_t* in = codes + (first_row + o) * row_bytes + block * block_bytes;
-    for (int64_t v = 0; v < bytes / 4; ++v) {
-      uint32_t quad;
-      std::memcpy(&quad, in + 4 * v, 4);
-      if (f.bits == 8) quad ^= kOffset128;
-      std::memcpy(out + v * 64 + o * 4, &quad, 4);
-    }
-  }
+using PackCodes = void (*)(const Format&, const Source&, const Place&, uint8_t*);
+PackCodes codes_packer(const Format& f) {
+  if (f.bits == 4) return f.group == 32 ? pack_codes<16> : pack_codes<8>;
+  if (f.bits == 8) return f.group == 32 ? pack_codes<32> : pack_codes<16>;
+  return pack_split;
 }
 
 void pack_quantized(const Format& f, const Source& s, int64_t tile, uint8_t* out) {
   const int64_t first = tile * kLanes, rows = std::min<int64_t>(kLanes, f.outputs - first);
+  const auto codes = codes_packer(f);
+  const auto scales = f.dtype == DType::kF32 ? pack_scales<4> : pack_scales<2>;
   if (rows < kLanes || f.inputs % kGroup) std::memset(out, 0, f.tile_bytes());
   for (int64_t b = 0; b < f.blocks(); ++b, out += f.block_bytes()) {
-    (f.bits == 4 || f.bits == 8 ? pack_codes : pack_split)(f, s.codes, first, rows, b, out);
-    pack_scales(f, s.scales, first, rows, b, out + f.code_bytes());
-    if (f.affine) pack_scales(f, s.mins, first, rows, b, out + f.code_bytes() + f.scale_bytes());
+    const Place at{first, rows, b};
+    codes(f, s, at, out);
+    scales(f, s.scales, s.scale_step, at, out + f.code_bytes());
+    if (f.affine) scales(f, s.mins, s.scale_step, at, out + f.code_bytes() + f.scale_bytes());
   }
 }
 
@@ -146,11 +176,11 @@ void take_row(const Format& f, const uint8_t* data, int64_t id, float* out) {
 
 }  // namespace tars
 
-// ctypes entry: packs all tiles with `threads` threads. format: bits, group, affine, dtype, outputs, inputs.
+// ctypes entry: packs all tiles with `threads` threads. format: bits, group, affine, dtype, outputs, inputs; steps: a Source's.
 extern "C" __attribute__((visibility("default"))) void tars_pack(const int64_t* format, const void* codes, const void* scales, const void* mins,
-                                                                   void* out, int64_t threads) {
+                                                                   const int64_t* steps, void* out, int64_t threads) {
   const tars::Format f{format[0], format[1], format[2], static_cast<tars::DType>(format[3]), format[4], format[5]};
-  const tars::Source s{static_cast<const uint8_t*>(codes), static_cast<const uint8_t*>(scales), static_cast<const uint8_t*>(mins)};
+  const tars::Source s{static_cast<const uint8_t*>(codes), static_cast<const uint8_t*>(scales), static_cast<const uint8_t*>(mins), steps[0], steps[1]};
   constexpr int64_t kTilesPerClaim = 8;
   std::atomic<int64_t> next{0};
   auto work = [&] {

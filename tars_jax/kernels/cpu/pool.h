@@ -38,8 +38,10 @@ inline void pause_or_yield(int round) {
 class Stages {
  public:
   using Task = std::function<void(int64_t)>;
-  // fetch: brings what a task will read into the caches, called when the stage before is not done yet.
-  void add(int64_t tasks, Task run, Task fetch = nullptr) {
+  // Brings a small piece of what a task will read into the caches; false if there is none. Called, piece by piece, as long as the stage
+  // before is not done.
+  using Fetch = std::function<bool(int64_t task, int64_t piece)>;
+  void add(int64_t tasks, Task run, Fetch fetch = nullptr) {
     if (tasks > 0) stages_.push_back({total(), total() + tasks, std::move(run), std::move(fetch)});
   }
   void reserve(size_t stages) { stages_.reserve(stages); }
@@ -49,7 +51,8 @@ class Stages {
   friend class Job;
   struct Stage {
     int64_t begin, end;
-    Task run, fetch;
+    Task run;
+    Fetch fetch;
   };
   std::vector<Stage> stages_;
 };
@@ -65,7 +68,9 @@ class Job {
       const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks_) return;
       while (task >= stage->end) ++stage;
-      if (stage->fetch && finished_.load(std::memory_order_acquire) < stage->begin) stage->fetch(task - stage->begin);
+      if (stage->fetch)
+        for (int64_t piece = 0; finished_.load(std::memory_order_acquire) < stage->begin && stage->fetch(task - stage->begin, piece); ++piece) {
+        }
       wait_for(stage->begin);
       stage->run(task - stage->begin);
       finished_.fetch_add(1, std::memory_order_release);

@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels stay in a 1 MiB second-level cache
 constexpr int64_t kLeastChunkBytes = 8 << 10;
 constexpr double kShareOfRound = 0.9;  // of the tiles that are left
+constexpr int64_t kFetchBytes = 1 << 10;  // at a time, of an operand
 constexpr int64_t kFewRows = 64, kRowsPerTask = 2;  // few rows are prepared two at a time, so that all threads have some
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 
@@ -56,18 +57,24 @@ void ProductRunner::add_to(Stages& stages, int threads, char* memory) {
   stages.add(ceil_div(panels_, kRowBlockPanels) * chunks, [this](int64_t task) {
     const int64_t chunks = static_cast<int64_t>(chunks_.size()) - 1;
     multiply(task / chunks, task % chunks);
-  }, panels_ == 1 ? [this](int64_t chunk) { fetch(chunk); } : Stages::Task());
+  }, panels_ == 1 ? [this](int64_t chunk, int64_t piece) { return fetch(chunk, piece); } : Stages::Fetch());
 }
 
 // Of few rows memory sets the pace: it had better not pause while a thread waits for the panel.
-void ProductRunner::fetch(int64_t chunk) const {
-  int64_t before = 0;
+bool ProductRunner::fetch(int64_t chunk, int64_t piece) const {
+  int64_t before = 0, at = piece * kFetchBytes;
+  bool found = false;
   for (const Operand& o : p_.operands) {
     const int64_t begin = std::max(chunks_[chunk] - before, int64_t{0}), end = std::min(chunks_[chunk + 1] - before, o.format.tiles());
-    const uint8_t* at = o.data + begin * o.format.tile_bytes();
-    for (const uint8_t* stop = o.data + end * o.format.tile_bytes(); at < stop; at += 64) __builtin_prefetch(at);
-    if (!p_.gated) before += o.format.tiles();
+    const int64_t bytes = std::max(end - begin, int64_t{0}) * o.format.tile_bytes();
+    for (int64_t line = at; line < std::min(at + kFetchBytes, bytes); line += 64, found = true)
+      __builtin_prefetch(o.data + begin * o.format.tile_bytes() + line);
+    if (p_.gated) continue;  // both operands' tiles are read side by side, the others' one after the other
+    if (found) return true;
+    before += o.format.tiles();
+    at -= ceil_div(bytes, kFetchBytes) * kFetchBytes;
   }
+  return found;
 }
 
 // Rounds of one run of tiles for each thread, ever shorter, so that all end at about the same time: most of a product in the first, for a

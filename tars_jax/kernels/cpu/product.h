@@ -40,7 +40,7 @@ class ProductRunner {
   PanelBuffers buffers(int64_t panel) const;
   int rows_in(int64_t panel) const;
   void prepare(int64_t begin, int64_t end) const;
-  void fetch(int64_t chunk) const;
+  bool fetch(int64_t chunk, int64_t piece) const;
   void multiply(int64_t row_block, int64_t chunk) const;
   void multiply_tiles(int64_t row_block, size_t operand, int64_t tile, int64_t count) const;
   float* projected(int64_t panel) const;
