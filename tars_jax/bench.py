@@ -117,7 +117,9 @@ def measure(
         decode = {}
         for batch in batches:
             progress(f"decode, {batch} at once")
-            decode[batch] = Rate(tuple([_decode(engine, random, batch, new_tokens) for _ in range(repetitions + 1)][1:]))
+            _decode(engine, random, batch, new_tokens)
+            engine.settle()
+            decode[batch] = Rate(tuple(_decode(engine, random, batch, new_tokens) for _ in range(repetitions)))
     finally:
         engine.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -44,14 +44,25 @@ class Recipe(NamedTuple):
     def make(self) -> jax.stages.Compiled:
         """The compiled program, from the disk if it was made before; else it is kept there."""
         path = self._path
+        program = None if path is None else self._load(path)
+        return program or self._compile_and_save(path)
+
+    def store(self) -> jax.stages.Compiled | None:
+        """See that the program can be had from the disk; what had to be compiled where it cannot be kept there."""
+        path = self._path
+        if path is not None and path.exists():
+            os.utime(path)
+            return None
+        program = self._compile_and_save(path)
+        return None if path is not None and path.exists() else program
+
+    def _compile_and_save(self, path: Path | None) -> jax.stages.Compiled:
         if path is None:
             return self._compile()
-        program = self._load(path)
-        if program is None:
-            with _JAX_CACHE.unwritten():
-                program = self._compile()
-            if not _JAX_CACHE.hits:
-                _save(path, program)
+        with _JAX_CACHE.unwritten():
+            program = self._compile()
+        if not _JAX_CACHE.hits:
+            _save(path, program)
         return program
 
     def _compile(self) -> jax.stages.Compiled:
@@ -61,9 +72,11 @@ class Recipe(NamedTuple):
     @property
     def _path(self) -> Path | None:
         folder = jax.config.values["jax_compilation_cache_dir"]
-        if folder is None or jax.default_backend() != "cpu" or self.static.get("mesh") is not None:
+        leaves = jax.tree.leaves(self.arguments)
+        is_spread = any(len(leaf.sharding.device_set) > 1 for leaf in leaves if getattr(leaf, "sharding", None) is not None)
+        if folder is None or jax.default_backend() != "cpu" or is_spread:
             return None
-        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self.arguments)]
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
         static = sorted((name, str(value)) for name, value in self.static.items())
         what = self.function.__name__, shapes, str(jax.tree.structure(self.arguments)), static, _surroundings()
         return Path(folder) / "programs" / hashlib.sha256(repr(what).encode()).hexdigest()

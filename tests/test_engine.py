@@ -14,6 +14,7 @@ import pytest
 from tars_jax import Engine, EngineConfig, SamplingParams
 from tars_jax.adapters import Adapter, Update, apply_adapter
 from tars_jax.engine.request import Output, Request, new_request_id
+from tars_jax.engine.runner import Runner
 from tars_jax.errors import InvalidRequest, ServerBusy, TarsError
 from tars_jax.quant import LowRank
 from tests.tiny import tiny_model
@@ -189,11 +190,12 @@ def compiled_by(engine: Engine, work: Callable[[], Any]) -> int:
 
 def test_an_expected_swap_compiles_nothing_nor_does_the_way_back(engine: Engine) -> None:
     text(engine, "hello")
+    engine.settle()
     params = engine.model.params
     factors = {"layers.0.q": Update(np.zeros((64, 2), np.float32), np.zeros((2, 64), np.float32))}
     changed = apply_adapter(params, Adapter(factors))
     assert compiled_by(engine, lambda: engine.expect(changed, stopped=lambda: True)) == 0
-    assert compiled_by(engine, lambda: engine.expect(changed)) == len(engine.stats().compiled_steps)
+    assert compiled_by(engine, lambda: engine.expect(changed)) == len(engine.stats().compiled_steps) + 1  # several decodes
     assert compiled_by(engine, lambda: engine.swap(changed)) == 0
     assert compiled_by(engine, lambda: text(engine, "hello")) == 0
     assert compiled_by(engine, lambda: engine.swap(params)) == 0
@@ -268,6 +270,61 @@ def test_new_weights_do_not_read_old_pages(engine: Engine) -> None:
     assert engine.stats().reused_tokens == 0
 
 
+PENALISED = SamplingParams(max_tokens=12, temperature=0, repeat_penalty=3.0, repeat_last_n=-1, presence_penalty=1.5)
+
+
+def test_penalties_see_the_tokens_that_were_cached(model: Any) -> None:
+    one_row, prompt = dataclasses.replace(CONFIG, max_rows=1), "what is the meaning of this text, exactly, my dear friend?"
+    fresh, used = Engine(model, one_row), Engine(model, one_row)
+    text(used, prompt)
+    text(used, "z" * 60)  # its tokens stand in the row that the first prompt comes back to
+    assert text(used, prompt, PENALISED) == text(fresh, prompt, PENALISED)
+    assert used.stats().reused_tokens == 48
+    fresh.close()
+    used.close()
+
+
+MIXED = [
+    GREEDY,
+    PENALISED,
+    SamplingParams(max_tokens=23, temperature=0.9, top_k=20, seed=5),
+    SamplingParams(max_tokens=17, temperature=0.7, top_k=5, min_p=0.1, seed=6, stop_token_ids=tuple(range(40, 60))),
+]
+
+
+def test_several_decodes_in_one_program_change_no_answer(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    decode = Runner.decode
+    monkeypatch.setattr(Runner, "decode", lambda self, plan: counted.append(plan[0].steps) or decode(self, plan))
+    single = Engine(model, dataclasses.replace(CONFIG, target_inter_token_ms=1e-6, prompt_lookup=False))
+    several = Engine(model, dataclasses.replace(CONFIG, prompt_lookup=False))
+    for _ in range(2):  # the first time they are compiled meanwhile
+        answers = []
+        for engine in (single, several):
+            streams = [start(engine, prompt, params) for prompt, params in zip(("hello", "other", "third", "x"), MIXED, strict=True)]
+            answers.append([[token for output in finish(stream) for token in output.token_ids] for stream in streams])
+            engine.settle()
+        assert answers[0] == answers[1]
+    assert max(counted) > 1
+    single.close()
+    several.close()
+
+
+def test_a_stream_that_ends_is_not_decoded_further(model: Any) -> None:
+    engine = Engine(model, dataclasses.replace(CONFIG, prompt_lookup=False))
+    long = SamplingParams(max_tokens=60, temperature=0)
+    ids = [token for output in finish(start(engine, "hello", long)) for token in output.token_ids]
+    engine.settle()
+    end = next(token for place, token in enumerate(ids) if place > 20 and token not in ids[:place])
+    before = engine.stats().steps
+    outputs = finish(start(engine, "hello", dataclasses.replace(long, stop_token_ids=(end,))))
+    assert outputs[-1].finish_reason == "stop"
+    while engine._in_flight:
+        time.sleep(0.01)
+    assert engine.stats().steps - before <= ids.index(end) + 2  # each token's step, and one that was sent before it was read
+    engine.close()
+
+
 def test_an_8_bit_cache_halves_the_memory_and_answers_nearly_the_same(model: Any) -> None:
     logprobs = SamplingParams(max_tokens=8, temperature=0, logprobs=True)
     answers, sizes = [], []
@@ -304,9 +361,8 @@ def test_a_window_that_has_passed_frees_its_pages_and_changes_no_answer() -> Non
 
 def test_a_warm_engine_compiles_nothing(model: Any) -> None:
     engine = Engine(model, CONFIG, warm_up=True)
-    while len(engine.stats().compiled_steps) < 6:
-        time.sleep(0.05)
     text(engine, "hello")
+    engine.settle()
     compiled: list[str] = []
 
     def listener(name: str, seconds: float, **_: Any) -> None:

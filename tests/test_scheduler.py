@@ -1,5 +1,6 @@
 """The scheduler with a mock device: no jax, hand-checkable."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -45,6 +46,10 @@ def successor(tokens: list[int], window: int = 0) -> int:
     return 97 + total % 4
 
 
+def _single(span: Span) -> list[Span]:
+    return [dataclasses.replace(span, start=span.start + i, steps=1) for i in range(span.steps)]
+
+
 class Device:
     """What a device does with a plan, one token after the other: it writes each token to its page, and reads the pages of all
     before it. A page that was given away too early, or shared wrongly, makes a wrong letter."""
@@ -56,7 +61,7 @@ class Device:
 
     def run(self, plan: Plan) -> list[list[int]]:
         written, sampled = self.slots, []
-        for span in plan:
+        for span in [single for several in plan for single in _single(several)]:
             sequence, found = span.sequence, []
             inputs = [*sequence.tokens[span.start : span.start + span.count]]
             inputs += [-1] * (span.count - len(inputs)) + list(span.guesses)
@@ -72,7 +77,8 @@ class Device:
             for offset, token in enumerate(found, span.start + span.count):
                 self.table[sequence.slot, offset] = token
             sampled.append(found)
-        return sampled
+        steps = iter(sampled)
+        return [[token for _ in range(span.steps) for token in next(steps)] for span in plan]
 
     def _at(self, pages: list[int], position: int) -> int:
         page = pages[position // self.page_size]
@@ -94,11 +100,13 @@ class Bench:
         window: int = 0,
         reuse: bool = False,
         lookup: bool = False,
+        most: int = 1,
     ) -> None:
         self.pages = PageAllocator(pages, page_size)
         self.scheduler = Scheduler(self.pages, max_rows=rows, max_step_tokens=budget, reuse=reuse, window=window)
         self.device = Device(page_size, window)
         self.rows, self.context, self.lookup, self.window = rows, context, lookup, window
+        self.most, self.longest = most, 1  # steps at once
         self.sequences: list[Sequence] = []
         self.outputs: dict[int, list[Output]] = {}
         self.in_flight: list[tuple[Span, list[int]]] = []
@@ -119,7 +127,8 @@ class Bench:
 
     def step(self, token: int | None = None) -> None:
         """Plan and send a step, read the one before. ``token``: what the device answers instead of the model's."""
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.prolong(self.scheduler.schedule(), self.most)
+        self.longest = max(self.longest, *(span.steps for span in plan), 1)
         self.plans.append([(span.sequence.request.id, span.start, span.count) for span in plan])
         assert sum(span.tokens for span in plan) <= self.scheduler.max_step_tokens
         assert len(plan) <= self.rows
@@ -128,7 +137,10 @@ class Bench:
         for span, sampled in read:
             if span.samples:
                 tokens = sampled if token is None else [token]
-                span.sequence.accept([TokenLogprob(t, 0.0) for t in tokens], span.guesses)
+                if span.steps > 1:
+                    span.sequence.take([TokenLogprob(t, 0.0) for t in tokens])
+                else:
+                    span.sequence.accept([TokenLogprob(t, 0.0) for t in tokens], span.guesses)
                 if span.sequence.finish_reason and span.sequence in self.present():
                     self.scheduler.release(span.sequence)
 
@@ -169,6 +181,52 @@ def test_decodes_go_before_prompts() -> None:
     bench.add(prompt=9, max_tokens=1)
     bench.step()
     assert bench.plans[1] == [(0, 2, 1), (1, 0, 3)]
+
+
+def test_decodes_are_prolonged_as_far_as_the_shortest_goes() -> None:
+    bench = Bench(most=8)
+    first, second = bench.add(prompt=4, max_tokens=4), bench.add(prompt=4, max_tokens=9)
+    bench.step()
+    assert [span.steps for span in bench.scheduler.prolong(bench.scheduler.schedule(), 8)] == [3, 3]  # of four tokens one is there
+    assert (first.length, first.computed, first.room, second.room) == (8, 7, 0, 5)
+    assert all(len(sequence.pages) == bench.pages.pages_for(sequence.computed) for sequence in (first, second))
+
+
+def test_a_step_with_a_prompt_is_not_prolonged() -> None:
+    bench = Bench()
+    bench.add(prompt=4, max_tokens=9)
+    bench.step()
+    bench.add(prompt=4, max_tokens=9)
+    plan = bench.scheduler.schedule()
+    assert bench.scheduler.prolong(plan, 8) == plan
+
+
+def test_nothing_is_prolonged_while_somebody_waits() -> None:
+    bench = Bench(rows=1)
+    bench.add(prompt=4, max_tokens=9)
+    bench.step()
+    bench.add(prompt=4, max_tokens=9)
+    plan = bench.scheduler.schedule()
+    assert bench.scheduler.prolong(plan, 8) == plan
+
+
+def test_nothing_is_prolonged_without_pages() -> None:
+    bench = Bench(pages=3)  # one is nobody's
+    bench.add(prompt=4, max_tokens=20)
+    bench.step()
+    plan = bench.scheduler.schedule()
+    assert bench.scheduler.prolong(plan, 8) == plan
+    assert bench.scheduler.prolong(plan, 4)[0].steps == 4
+
+
+@pytest.mark.parametrize("most", [2, 3, 8])
+def test_several_decodes_at_once_say_the_same(most: int) -> None:
+    bench = Bench(most=most, pages=12)
+    for number in range(3):
+        bench.add(prompt=3 + number, max_tokens=11 - number)
+    bench.drain()
+    assert [bench.text(number) for number in range(3)] == [bench.expected(number) for number in range(3)]
+    assert bench.longest > 1
 
 
 def test_rows_are_a_limit() -> None:
@@ -394,9 +452,10 @@ class Life(RuleBasedStateMachine):
         window=st.sampled_from([0, 0, 7]),
         reuse=st.booleans(),
         lookup=st.booleans(),
+        most=st.sampled_from([1, 3, 8]),
     )
-    def begin(self, pages: int, rows: int, budget: int, window: int, reuse: bool, lookup: bool) -> None:
-        self.bench = Bench(pages=pages + 1, rows=rows, budget=budget, context=32, window=window, reuse=reuse, lookup=lookup)
+    def begin(self, pages: int, rows: int, budget: int, window: int, reuse: bool, lookup: bool, most: int) -> None:
+        self.bench = Bench(pages=pages + 1, rows=rows, budget=budget, context=32, window=window, reuse=reuse, lookup=lookup, most=most)
         self.num_pages = pages
         self.cancelled: set[int] = set()
 

@@ -18,6 +18,7 @@ import numpy as np
 from tars_jax.adapters import Adapter, check_fits
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.admission import Admission
+from tars_jax.engine.decodes import MOST_STEPS
 from tars_jax.engine.idle import IdleWork, Work
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder, prefix_key
@@ -28,6 +29,7 @@ from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.sizing import resolve
 from tars_jax.engine.stats import COUNTERS, EngineStats, Meter
+from tars_jax.engine.step import bucket_of
 from tars_jax.engine.timing import StepTimes
 from tars_jax.errors import InvalidRequest, ServerBusy, TarsError
 from tars_jax.kernels.build import cache_dir
@@ -37,6 +39,7 @@ from tars_jax.model import Decoder
 log = logging.getLogger(__name__)
 
 MIN_STEP_TOKENS = 16  # smaller steps would not save memory worth having
+RUN_SECONDS = 0.025  # of decodes that the host starts at once: longer ones would be seen by readers, and by whoever comes meanwhile
 LONG_STEP = 0.04  # seconds; the host's part of a step is then small enough for the device to wait for it
 
 
@@ -45,10 +48,10 @@ class InFlight(NamedTuple):
 
     plan: Plan
     bucket: int
-    last: jax.Array  # the last layer's states that tokens are sampled after, to come
-    hidden: jax.Array  # the last layer's states to come, [bucket, H]
+    last: jax.Array | None  # the last layer's states that tokens are sampled after, to come; None of several steps
+    hidden: jax.Array | None  # the last layer's states to come, [bucket, H]
     sent: float  # seconds, time.perf_counter()
-    out: jax.Array | None = None  # the sampler's, once it is sent too; it never is if nothing is sampled
+    out: jax.Array | None = None  # the sampler's, once it is sent too; it never is if nothing is sampled. With an axis of steps if several
 
 
 class Engine:
@@ -120,6 +123,10 @@ class Engine:
                     return
         finally:
             self.cancel(request.id)
+
+    def settle(self) -> None:
+        """Wait until nothing is being compiled in the background: what is measured then is the engine at its best."""
+        self._runner.settle()
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap, from any thread."""
@@ -254,7 +261,7 @@ class Engine:
         the next one planned when those who came meanwhile have been let in."""
         if self._in_flight and self._times.predict(self._in_flight.bucket) > LONG_STEP:
             return self._commit()
-        plan = self._current = self._scheduler.schedule(self._budget())
+        plan = self._current = self._prolonged(self._scheduler.schedule(self._budget()))
         dispatched = self._dispatch(plan) if plan else None
         if self._in_flight:
             self._commit()
@@ -262,6 +269,14 @@ class Engine:
             self._current = plan
             dispatched = self._sample(dispatched)
         self._in_flight = dispatched
+
+    def _prolonged(self, plan: Plan) -> Plan:
+        """The plan, as one of several steps where these are short and nobody waits: then the host's part counts."""
+        if not plan or self._inbox or len(plan) < len(self._scheduler.running):
+            return plan
+        seconds = min(RUN_SECONDS, self.config.target_inter_token_ms / 1000)
+        steps = self._times.steps(seconds, bucket_of(len(plan)), MOST_STEPS)
+        return self._scheduler.prolong(plan, steps) if steps > 1 and self._runner.decodes_ready(len(plan)) else plan
 
     def _budget(self) -> int:
         """Tokens of the next step. Alone a request may have them all."""
@@ -272,39 +287,56 @@ class Engine:
         return self._times.budget(self.config.target_inter_token_ms / 1000, decodes, self._max_step_tokens)
 
     def _dispatch(self, plan: Plan) -> InFlight:
+        if plan[0].steps > 1:
+            bucket, out = self._runner.decode(plan)
+            return InFlight(plan, bucket, None, None, time.perf_counter(), out)
         step = InFlight(plan, *self._runner.send(plan), time.perf_counter())
         return step if any(span.sequence.awaits_mask for span in plan) else self._sample(step)
 
     def _sample(self, step: InFlight) -> InFlight:
         samples = any(span.samples for span in step.plan)
+        assert step.last is not None
         return step._replace(out=self._runner.sample(step.plan, step.last)) if samples else step
 
     def _commit(self) -> None:
         assert self._in_flight is not None
         step, self._in_flight = self._in_flight, None
         self._current = step.plan
-        rows = iter(()) if step.out is None else iter(np.asarray(step.out))
+        out = None if step.out is None else np.asarray(step.out)
+        if step.last is None or step.hidden is None:
+            assert out is not None
+            steps = int((out[:, 0, 0] >= 0).sum())
+            self._measure(step, steps)
+            for row, span in enumerate(step.plan):
+                self._take_several(span, out[:steps, row])
+            return
         step.last.block_until_ready()  # where nothing is sampled
-        now = time.perf_counter()
-        seconds = now - max(step.sent, self._last_read)
-        self._times.observe(step.bucket, seconds)
-        if self._idle:
-            self._idle.serve(seconds)
-        self._meter.step(seconds, sum(span.tokens for span in step.plan), len(step.plan))
-        self._last_read = now
-        self._counters["steps"] += 1
-        self._counters["step_rows"] += len(step.plan)
+        self._measure(step, 1)
+        rows = iter(() if out is None else out)
         at = 0  # of a span's tokens in the step
         for span in step.plan:
             sequence = span.sequence
             if sequence.wants_prompt_logprobs:
                 sequence.score(span.start + 1, self._runner.score(step.hidden, at, span))
             at += span.tokens
-            self._counters["step_tokens"] += span.tokens
-            if span.start < sequence.prompt_length:
-                self._counters["prompt_tokens"] += min(span.count, sequence.prompt_length - span.start)
             if span.samples:
                 self._take(span, [next(rows) for _ in range(1 + len(span.guesses))])
+
+    def _measure(self, step: InFlight, steps: int) -> None:
+        """Learn from a step that was read, or from so many of one plan."""
+        now = time.perf_counter()
+        seconds = now - max(step.sent, self._last_read)
+        self._last_read = now
+        if self._idle:
+            self._idle.serve(seconds)
+        tokens = sum(span.tokens for span in step.plan)
+        for _ in range(steps):
+            self._times.observe(step.bucket, seconds / steps)
+            self._meter.step(seconds / steps, tokens, len(step.plan))
+        self._counters["steps"] += steps
+        self._counters["step_rows"] += steps * len(step.plan)
+        self._counters["step_tokens"] += steps * tokens
+        self._counters["prompt_tokens"] += sum(max(min(span.count, span.sequence.prompt_length - span.start), 0) for span in step.plan)
 
     def _take(self, span: Span, rows: list[np.ndarray]) -> None:
         sequence = span.sequence
@@ -314,6 +346,12 @@ class Engine:
         self._counters["drafted_tokens"] += len(span.guesses)
         self._counters["accepted_tokens"] += accepted
         self._counters["output_tokens"] += 1 + accepted
+        if sequence.finish_reason:
+            self._forget(sequence)
+
+    def _take_several(self, span: Span, rows: np.ndarray) -> None:
+        sequence = span.sequence
+        self._counters["output_tokens"] += sequence.take([read_row(row, 0)[0] for row in rows])
         if sequence.finish_reason:
             self._forget(sequence)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ from tars_jax.cache import gather_pages, scatter_pages
 from tars_jax.compile_cache import Recipe
 from tars_jax.config import EngineConfig
 from tars_jax.engine.adapters import AdapterSlots
+from tars_jax.engine.decodes import run_decodes
 from tars_jax.engine.programs import Programs
 from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.sampler import SampleBatches, head, read_row, run_sampler, run_scores
 from tars_jax.engine.scheduler import Plan, Span
-from tars_jax.engine.step import Batches, EngineState, buckets, init_state, run_draft, run_step
+from tars_jax.engine.step import Batches, EngineState, bucket_of, buckets, init_state, run_draft, run_step, write_history
 from tars_jax.engine.structure import Structure, flatten
 from tars_jax.errors import InvalidRequest
 from tars_jax.loaders.loaded import Model
@@ -35,8 +37,12 @@ class Compiled(NamedTuple):
     batches: Batches
     steps: Programs[int]  # by bucket
     drafts: Programs[int]
+    decodes: Programs[int]
     samplers: Programs[tuple[int, bool]]  # by rows, and whether some are not plain
     head_ranks: int  # of the adapters that update the head
+
+    def all(self) -> tuple[Programs[Any], ...]:
+        return self.steps, self.samplers, self.drafts, self.decodes  # samplers begin decodes
 
 
 class Weights(NamedTuple):
@@ -74,6 +80,7 @@ class Runner:
         self._known: dict[Any, Compiled] = {}  # by structure, the latest last
         self._ahead: list[int] = []  # buckets to be compiled before they are needed
         self._samplers: dict[Any, Programs[tuple[int, bool]]] = {}  # by structure of the head
+        self._histories = Programs[int](self._history_recipe, observe)
         self._weights = self._placed(model.params, AdapterSlots())
 
     @property
@@ -89,8 +96,14 @@ class Runner:
     def compile_ahead(self, *, everything: bool) -> None:
         """Compile in the background: the step of one token, and ``everything`` else after it."""
         self._ahead = buckets(self._config) if everything else [1]
-        self._weights.compiled.steps.prepare(self._ahead)
-        self._weights.compiled.samplers.prepare(sorted({(self._rows(bucket), False) for bucket in self._ahead}))
+        rows, compiled = sorted({self._rows(bucket) for bucket in self._ahead}), self._weights.compiled
+        compiled.steps.prepare(self._ahead)
+        plain = [(count, False) for count in rows]
+        if not everything:
+            return compiled.samplers.prepare(plain)
+        self._histories.prepare([self._config.max_context])
+        several = [bucket for bucket in self._ahead if bucket < 2 * self._config.max_rows and self._draft is None]
+        compiled.samplers.prepare(plain, [(count, True) for count in rows], then=partial(compiled.decodes.prepare, [], several))
 
     def compiled(self) -> list[int]:
         """Buckets whose step is ready, smallest first."""
@@ -99,13 +112,13 @@ class Runner:
     def stop_compiling(self) -> None:
         """Begin no further compilation in the background."""
         for compiled in self._known.values():
-            compiled.steps.stop()
-        for samplers in self._samplers.values():
-            samplers.stop()
+            for programs in compiled.all():
+                programs.stop()
 
     def send(self, plan: Plan) -> tuple[int, jax.Array, jax.Array]:
         """Start a step, and before it the drafting of the guesses it is to check: its bucket, and to come the states for `sample` and for
         `score`."""
+        self._write_histories(plan)
         now = self._weights
         if drafting := [span for span in plan if span.drafts]:
             bucket, numbers = now.batches.build_drafts(drafting)
@@ -127,6 +140,36 @@ class Runner:
         tokens, mu, out = program(now.head, self._state.tokens, self._state.mu, last, strengths, batch)
         self._state = dataclasses.replace(self._state, tokens=tokens, mu=mu)
         return out
+
+    def decodes_ready(self, rows: int) -> bool:
+        """Whether so many rows can decode for several steps at once; if not, it is seen to that they soon can."""
+        return self._draft is None and self._weights.compiled.decodes.find(bucket_of(rows)) is not None
+
+    def decode(self, plan: Plan) -> tuple[int, jax.Array]:
+        """Start the steps of a plan of decodes: its bucket, and their outputs to come, [MOST_STEPS, rows, ...] (`decodes.run_decodes`)."""
+        self._write_histories(plan)
+        now = self._weights
+        bucket, numbers = now.batches.build(plan)
+        rows = now.batches.layout(bucket).rows
+        batch, ends = self._samples.build(plan, rows), self._samples.ends(plan, rows)
+        program = now.compiled.decodes.get(bucket)
+        self._state, out = program(now.arrays, self._state, numbers, batch, ends, np.int32(plan[0].steps))
+        return bucket, out
+
+    def _write_histories(self, plan: Plan) -> None:
+        """What penalties look back on: of sequences that begin in this plan, the tokens that were cached."""
+        for span in plan:
+            sequence = span.sequence
+            if 0 < sequence.cached == span.start:
+                history = np.zeros(self._config.max_context, np.int32)
+                history[: span.start] = sequence.tokens[: span.start]
+                write = self._histories.get(self._config.max_context)
+                self._state = dataclasses.replace(self._state, tokens=write(self._state.tokens, np.int32(sequence.slot), history))
+
+    def settle(self) -> None:
+        """Wait for what is being compiled in the background."""
+        for programs in (self._histories, *self._weights.compiled.all()):
+            programs.settle()
 
     def score(self, hidden: jax.Array, at: int, span: Span) -> list[TokenLogprob]:
         """Log-probabilities of the prompt's tokens that follow those of a span, whose states stand in ``hidden`` from ``at`` on."""
@@ -159,8 +202,8 @@ class Runner:
             wanted: list[tuple[Programs[Any], Any]] = [
                 (weights.compiled.steps, bucket) for bucket in sorted({*self._ahead, *now.compiled.steps.compiled()})
             ]
-            wanted += [(weights.compiled.drafts, bucket) for bucket in now.compiled.drafts.compiled()]
-            wanted += [(weights.compiled.samplers, kind) for kind in now.compiled.samplers.compiled()]
+            for programs, theirs in zip(weights.compiled.all()[1:], now.compiled.all()[1:], strict=True):
+                wanted += [(programs, kind) for kind in theirs.compiled()]
             for programs, kind in wanted:
                 if not stopped():
                     programs.get(kind)
@@ -221,9 +264,20 @@ class Runner:
             arguments = *shapes, batches.empty(bucket), self._samples.empty(layout.rows)
             return Recipe(run_draft, arguments, {"layout": layout, **fixed}, shapes[1])
 
+        def decoding(bucket: int) -> Recipe:
+            layout = batches.layout(bucket)
+            samples, ends = self._samples.empty(layout.rows), self._samples.ends((), layout.rows)
+            arguments = *shapes, batches.empty(bucket), samples, ends, np.int32(1)
+            static = {"layout": layout, "mesh": self._mesh, **{name: fixed[name] for name in ("structure", "config", "dtype")}}
+            return Recipe(run_decodes, arguments, static, (shapes[1], 0))
+
         head_ranks = ranks if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(top, is_leaf=is_weight)) else 0
         samplers = self._sampler_programs(top, head_ranks)
-        return Compiled(batches, Programs(step, self._observe), Programs(drafting, self._observe), samplers, head_ranks)
+        steps, drafts, decodes = (Programs(recipe, self._observe) for recipe in (step, drafting, decoding))
+        return Compiled(batches, steps, drafts, decodes, samplers, head_ranks)
+
+    def _history_recipe(self, context: int) -> Recipe:
+        return Recipe(write_history, (_shape(self._state.tokens), np.int32(0), np.zeros(context, np.int32)), {}, 0)
 
     def _sampler_programs(self, top: Decoder, ranks: int) -> Programs[tuple[int, bool]]:
         """Those of a head of these shapes: the same for all weights that differ in their layers alone."""

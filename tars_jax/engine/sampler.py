@@ -20,7 +20,7 @@ from tars_jax.config import ModelConfig
 from tars_jax.engine.adapters import fill_scales
 from tars_jax.engine.request import TokenLogprob
 from tars_jax.engine.scheduler import Span
-from tars_jax.engine.sequence import Sequence
+from tars_jax.engine.sequence import MOST_ENDS, Sequence
 from tars_jax.engine.structure import Structure
 from tars_jax.model import Decoder, logits
 from tars_jax.rows import COLUMN, pack_row
@@ -126,6 +126,13 @@ class SampleBatches:
             self._unused[rows] = no_extras(rows, self._vocab_size)
         numbers: Any = np.tile(self._padding, (rows, 1))
         return SampleBatch(numbers, self._unused[rows])
+
+    def ends(self, plan: SequenceOf[Span], rows: int) -> np.ndarray:
+        """Of the rows of a plan that decode, tokens that end them: int32 [rows, MOST_ENDS], -1 where there are fewer."""
+        ends = np.full((rows, MOST_ENDS), -1, np.int32)
+        for row, span in enumerate(plan):
+            ends[row] = span.sequence.ends
+        return ends
 
     def build(self, plan: SequenceOf[Span], rows: int) -> SampleBatch:
         """The rows of a plan's samples, and padding."""

@@ -27,10 +27,16 @@ class Span:
     count: int  # without guesses
     samples: bool  # whether the step ends in a new token for it
     guesses: tuple[int, ...] = ()  # tokens that may follow; each one's successor is sampled too
+    steps: int = 1  # of a decode: how many follow each other, each with the token that the one before has sampled
 
     @property
     def tokens(self) -> int:
         return self.count + len(self.guesses)
+
+    @property
+    def is_plain_decode(self) -> bool:
+        """Whether all that the host does for the next token can be done without it."""
+        return self.samples and self.tokens == 1 and self.sequence.plain and not self.sequence.wants_prompt_logprobs
 
     @property
     def drafts(self) -> bool:
@@ -79,6 +85,21 @@ class Scheduler:
         while self.waiting and self._budget and self._free_slots and self._admit(self.waiting.first()):
             pass
         return tuple(self._spans.values())
+
+    def prolong(self, plan: Plan, most: int) -> Plan:
+        """The plan just made, as one of up to ``most`` steps if all that runs are decodes and nobody waits; else as it is."""
+        if not plan or self.waiting or len(plan) < len(self.running) or not all(span.is_plain_decode for span in plan):
+            return plan
+        more = min(most - 1, *(span.sequence.room for span in plan))
+        missing = [self.pages.pages_for(span.sequence.computed + more) - len(span.sequence.pages) for span in plan]
+        if more < 1 or sum(missing) > self.pages.num_free:
+            return plan
+        for span, pages in zip(plan, missing, strict=True):
+            span.sequence.pages += self.pages.allocate(max(pages, 0))
+            self.waiting.charge(span.sequence, more)
+            for _ in range(more):
+                span.sequence.advance(1)
+        return tuple(dataclasses.replace(span, steps=1 + more) for span in plan)
 
     def release(self, sequence: Sequence) -> None:
         """Forget a finished sequence, wherever it is. Steps already under way may still write its pages: the device runs

@@ -14,6 +14,7 @@ from tars_jax.rows import FIELDS, is_plain, pack_biases, pack_row
 from tars_jax.tokenizer import TextStream, Tokenizer
 
 MAX_SHIFTED = 10  # contexts an answer may fill by shifting, as in Ollama
+MOST_ENDS = 8  # tokens that end a row which a program looks at: with more of them it may only go on for nothing
 
 
 class Share(NamedTuple):
@@ -96,6 +97,8 @@ class Sequence:
         self.numbers = self._numbers(max_context)  # int32, how its tokens are sampled
         self._plain = is_plain(self.numbers)
         self._ends = ends_of(self.params, tokenizer)
+        self.ends = np.full(MOST_ENDS, -1, np.int32)  # as far as a program looks at them
+        self.ends[: len(self._ends)] = sorted(self._ends)[:MOST_ENDS]
         self._text = TextStream(tokenizer, continues=True, keep=MARKERS)
         self._stops = StopStrings(self.params.stop)
         self.started = self.first_token = 0.0  # seconds, time.monotonic()
@@ -143,9 +146,14 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def room(self) -> int:
+        """Tokens that may still be sampled, beside those under way."""
+        return min(self.max_tokens + self.prompt_length, self.max_context) - self.length
+
+    @property
     def ready(self) -> bool:
         """Whether the next step may include this sequence."""
-        exhausted = self.length - self.prompt_length >= self.max_tokens or self.length >= self.max_context
+        exhausted = self.room <= 0
         must_be_read = self.guessed > 0 and self.pending > 0
         return self.finish_reason is None and not exhausted and not must_be_read
 
@@ -210,6 +218,16 @@ class Sequence:
         if self.speculation is not None:
             self.speculation.judge(len(guesses), accepted)
         return accepted
+
+    def take(self, sampled: SequenceOf[TokenLogprob]) -> int:
+        """Take the tokens of several steps, up to its end; how many there were."""
+        for taken, token in enumerate(sampled):
+            if self.finish_reason is not None or token.token_id < 0:  # no such step took place
+                return taken
+            self.append(token)
+            if self.speculation is not None:
+                self.speculation.judge(0, 0)
+        return len(sampled)
 
     def append(self, logprob: TokenLogprob) -> None:
         """Take a sampled token: text goes to the sink, and the sequence may end."""

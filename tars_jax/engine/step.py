@@ -167,14 +167,20 @@ def run_draft(
     return dataclasses.replace(state, tokens=tokens, draft=cache)
 
 
-def bucket(count: int) -> int:
+@partial(jax.jit, donate_argnames="tokens")
+def write_history(tokens: jax.Array, slot: jax.Array, history: jax.Array) -> jax.Array:
+    """The token table with a slot's row, int32 [max_context]: of a sequence whose first tokens no step has read, as they were cached."""
+    return tokens.at[slot].set(history)
+
+
+def bucket_of(count: int) -> int:
     """The power of two that holds ``count``: steps come in few shapes."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def buckets(engine: EngineConfig) -> list[int]:
     """Every size of step an engine may take, smallest first."""
-    return [1 << i for i in range(bucket(engine.max_step_tokens).bit_length())]
+    return [1 << i for i in range(bucket_of(engine.max_step_tokens).bit_length())]
 
 
 class Batches:
@@ -201,7 +207,7 @@ class Batches:
 
     def build(self, plan: SequenceOf[Span]) -> tuple[int, np.ndarray]:
         """A plan's bucket and numbers. A fresh array every time: a step that is still running may read the last one."""
-        size = bucket(sum(span.tokens for span in plan))
+        size = bucket_of(sum(span.tokens for span in plan))
         numbers = self.empty(size).copy()
         parts = self.layout(size).split(numbers)
         at = sample = 0

@@ -11,7 +11,7 @@ NICE = 19  # a thread of this priority gets a sixtieth of a core that another on
 COMPILER = "llvm-worker"  # how the threads that XLA's compiler shares its work with are called
 
 
-def start_deep(work: Callable[[], None], name: str, *, daemon: bool) -> None:
+def start_deep(work: Callable[[], None], name: str, *, daemon: bool) -> threading.Thread:
     """Run ``work`` in a thread of its own with room for XLA's compiler."""
     thread = threading.Thread(target=work, name=name, daemon=daemon)
     before = threading.stack_size(STACK_BYTES)
@@ -19,6 +19,7 @@ def start_deep(work: Callable[[], None], name: str, *, daemon: bool) -> None:
         thread.start()
     finally:
         threading.stack_size(before)
+    return thread
 
 
 def step_back() -> None:

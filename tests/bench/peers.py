@@ -119,7 +119,9 @@ class Tars:
     def streams(self, count: int) -> float:
         from tars_jax.bench import _decode
 
-        return _decode(self.engine, self.random, count, NEW)
+        rate = _decode(self.engine, self.random, count, NEW)
+        self.engine.settle()
+        return rate
 
 
 ENGINES: dict[str, Any] = {"tars": Tars, "llama.cpp": Llama, "openvino": OpenVino}
