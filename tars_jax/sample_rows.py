@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tars_jax import struct
@@ -80,4 +81,5 @@ def unpack_rows(packed: jax.Array, extras: Extras) -> SampleRows:
 def no_extras(rows: int, vocab_size: int) -> Extras:
     """Extras for rows that use none."""
     words = (rows, -(-vocab_size // 32))
-    return Extras(jnp.zeros(words, jnp.uint32), jnp.zeros(words, jnp.uint32), jnp.zeros((rows, 2, MAX_BIASES), jnp.int32))
+    zeros = np.zeros(words, np.uint32), np.zeros(words, np.uint32), np.zeros((rows, 2, MAX_BIASES), np.int32)
+    return Extras(*map(jax.device_put, zeros))  # jnp.zeros would be compiled first

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tars_jax import kernels, sharding, struct
 from tars_jax.cache import KVCache, RaggedBatch, init_cache
+from tars_jax.compile_cache import Recipe
 from tars_jax.config import EngineConfig, ModelConfig
 from tars_jax.engine.adapters import fill_scales
 from tars_jax.engine.sampler import SampleBatch
@@ -80,7 +81,7 @@ def init_state(config: ModelConfig, engine: EngineConfig, draft: ModelConfig | N
     """Empty caches and token table for a resolved engine configuration."""
     num_pages = 1 + -(-engine.cache_tokens // engine.page_size)
     has_kernels = jax.default_backend() == "cpu" and kernels.available()
-    allocate = kernels.empty if has_kernels and mesh is None else jnp.zeros
+    allocate = _empty if has_kernels and mesh is None else jnp.zeros
     if mesh is not None:
         allocate = partial(jnp.zeros, device=NamedSharding(mesh, sharding.CACHE))
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -165,6 +166,13 @@ def run_draft(
 
     tokens, cache = jax.lax.fori_loop(0, DRAFT_TOKENS, body, (state.tokens, state.draft))
     return dataclasses.replace(state, tokens=tokens, draft=cache)
+
+
+def _empty(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Memory that is taken up as it is written."""
+    make = jax.jit(kernels.empty, static_argnames=("shape", "dtype"))
+    array: jax.Array = Recipe(make, (), {"shape": shape, "dtype": dtype}, 0).make()()
+    return array
 
 
 @partial(jax.jit, donate_argnames="tokens")

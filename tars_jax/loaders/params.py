@@ -92,8 +92,8 @@ def _to_weight(value: np.ndarray | Blocks, form: WeightForm, dtype: str, tile: C
         if form == "packed" and isinstance(value, Blocks):
             return jax.tree.map(jax.device_put, _quantised(value))
     dense = value.dequantize() if isinstance(value, Blocks) else value
-    # A copy: jax would otherwise keep the file's map, and with it the whole file, in memory for a norm's sake.
-    return jnp.array(dense, jnp.float32 if dense.ndim < 2 else jnp.dtype(dtype), copy=True)
+    # A copy: jax would otherwise keep the file's map, and with it the whole file, in memory for a norm's sake. By numpy: jax would compile.
+    return jax.device_put(np.array(dense, np.float32 if dense.ndim < 2 else jnp.dtype(dtype)))
 
 
 def _packable(value: np.ndarray | Blocks) -> np.ndarray | Groups | QArray:
