@@ -296,7 +296,8 @@ def test_several_decodes_in_one_program_change_no_answer(model: Any, monkeypatch
     counted: list[int] = []
     decode = Runner.decode
     monkeypatch.setattr(Runner, "decode", lambda self, plan: counted.append(plan[0].steps) or decode(self, plan))
-    single = Engine(model, dataclasses.replace(CONFIG, target_inter_token_ms=1e-6, prompt_lookup=False))
+    single = Engine(model, dataclasses.replace(CONFIG, prompt_lookup=False))
+    monkeypatch.setattr(single._runner, "decodes_ready", lambda rows: False)
     several = Engine(model, dataclasses.replace(CONFIG, prompt_lookup=False))
     for _ in range(2):  # the first time they are compiled meanwhile
         answers = []

@@ -48,10 +48,10 @@ class InFlight(NamedTuple):
 
     plan: Plan
     bucket: int
-    last: jax.Array | None  # the last layer's states that tokens are sampled after, to come; None of several steps
+    last: jax.Array | None  # the last layer's states that tokens are sampled after, to come; None of decodes
     hidden: jax.Array | None  # the last layer's states to come, [bucket, H]
     sent: float  # seconds, time.perf_counter()
-    out: jax.Array | None = None  # the sampler's, once it is sent too; it never is if nothing is sampled. With an axis of steps if several
+    out: jax.Array | None = None  # the sampler's, once it is sent too; it never is if nothing is sampled. Of decodes with an axis of steps
 
 
 class Engine:
@@ -271,12 +271,14 @@ class Engine:
         self._in_flight = dispatched
 
     def _prolonged(self, plan: Plan) -> Plan:
-        """The plan, as one of several steps where these are short and nobody waits: then the host's part counts."""
+        """The plan, as one program of decodes where these are short and nobody waits: then the host's part counts."""
         if not plan or self._inbox or len(plan) < len(self._scheduler.running):
             return plan
-        seconds = min(RUN_SECONDS, self.config.target_inter_token_ms / 1000)
-        steps = self._times.steps(seconds, bucket_of(len(plan)), MOST_STEPS)
-        return self._scheduler.prolong(plan, steps) if steps > 1 and self._runner.decodes_ready(len(plan)) else plan
+        each = self._times.predict(bucket_of(len(plan)))
+        if not 0 < each <= LONG_STEP or not self._runner.decodes_ready(len(plan)):
+            return plan
+        together = min(RUN_SECONDS, self.config.target_inter_token_ms / 1000)
+        return self._scheduler.prolong(plan, max(min(int(together / each), MOST_STEPS), 1))
 
     def _budget(self) -> int:
         """Tokens of the next step. Alone a request may have them all."""
@@ -287,7 +289,7 @@ class Engine:
         return self._times.budget(self.config.target_inter_token_ms / 1000, decodes, self._max_step_tokens)
 
     def _dispatch(self, plan: Plan) -> InFlight:
-        if plan[0].steps > 1:
+        if plan[0].steps:
             bucket, out = self._runner.decode(plan)
             return InFlight(plan, bucket, None, None, time.perf_counter(), out)
         step = InFlight(plan, *self._runner.send(plan), time.perf_counter())

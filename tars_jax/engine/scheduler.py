@@ -27,7 +27,7 @@ class Span:
     count: int  # without guesses
     samples: bool  # whether the step ends in a new token for it
     guesses: tuple[int, ...] = ()  # tokens that may follow; each one's successor is sampled too
-    steps: int = 1  # of a decode: how many follow each other, each with the token that the one before has sampled
+    steps: int = 0  # in one program with their sampling, each after the token of the one before (`decodes`); 0: a step of the usual kind
 
     @property
     def tokens(self) -> int:
@@ -87,12 +87,12 @@ class Scheduler:
         return tuple(self._spans.values())
 
     def prolong(self, plan: Plan, most: int) -> Plan:
-        """The plan just made, as one of up to ``most`` steps if all that runs are decodes and nobody waits; else as it is."""
+        """The plan just made, as one of 1 to ``most`` decodes in one program if nothing else runs and nobody waits; else as it is."""
         if not plan or self.waiting or len(plan) < len(self.running) or not all(span.is_plain_decode for span in plan):
             return plan
         more = min(most - 1, *(span.sequence.room for span in plan))
         missing = [self.pages.pages_for(span.sequence.computed + more) - len(span.sequence.pages) for span in plan]
-        if more < 1 or sum(missing) > self.pages.num_free:
+        if sum(missing) > self.pages.num_free:
             return plan
         for span, pages in zip(plan, missing, strict=True):
             span.sequence.pages += self.pages.allocate(max(pages, 0))

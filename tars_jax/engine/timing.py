@@ -29,11 +29,6 @@ class StepTimes:
         share = (bucket - below) / (above - below) if above > below else 0.0
         return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
 
-    def steps(self, seconds: float, bucket: int, most: int) -> int:
-        """How many steps of this bucket, 1 to ``most``, take at most so many seconds; 1 as long as nothing is known."""
-        each = self.predict(bucket)
-        return max(min(int(seconds / each), most), 1) if each else 1
-
     def budget(self, target: float, decodes: int, most: int) -> int:
         """Tokens of a step, at most ``most``, that keep it within ``target`` seconds beside ``decodes`` rows that decode."""
         self._asked += 1
