@@ -63,6 +63,51 @@ def test_a_failed_compilation_is_raised_and_tried_again() -> None:
     assert programs.get(4)() == 4
 
 
+def test_what_is_looked_for_is_made_in_the_background() -> None:
+    compiled: list[int] = []
+    gate = threading.Event()
+    programs = Programs(lambda bucket: Fake(bucket, compiled, gate))  # type: ignore[arg-type, return-value]
+    assert programs.find(2) is None
+    assert programs.find(2) is None
+    gate.set()
+    programs.settle()
+    found = programs.find(2)
+    assert found is not None
+    assert found() == 2
+    assert compiled == [2]
+
+
+def test_what_cannot_be_made_in_the_background_is_not_tried_for_ever() -> None:
+    tried: list[int] = []
+
+    def recipe(bucket: int) -> Any:
+        tried.append(bucket)
+        raise RuntimeError("out of memory")
+
+    programs = Programs(recipe)
+    for _ in range(3):
+        assert programs.find(1) is None
+        programs.settle()
+    assert tried == [1]
+    assert programs.compiled() == []
+
+
+def test_rare_programs_are_only_kept_where_they_cannot_be_stored() -> None:
+    class Stored(Fake):
+        def store(self) -> Any:
+            return None if self.bucket == 2 else self.make()
+
+    compiled: list[int] = []
+    gate = threading.Event()
+    gate.set()
+    programs = Programs(lambda bucket: Stored(bucket, compiled, gate))  # type: ignore[arg-type, return-value]
+    programs.prepare([1], rare=[2, 3], then=lambda: compiled.append(0))
+    programs.settle()
+    assert compiled == [1, 3, 0]
+    assert programs.compiled() == [1, 3]
+    assert programs.get(2)() == 2
+
+
 def test_stop_ends_the_preparation() -> None:
     compiled: list[int] = []
     gate = threading.Event()
@@ -127,6 +172,18 @@ def test_a_program_is_compiled_once_and_then_read(folder: Path, monkeypatch: pyt
     check(recipe().make())
     not_compiled(monkeypatch)
     check(recipe().make())
+
+
+def test_a_stored_program_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recipe().store() is None
+    not_compiled(monkeypatch)
+    assert recipe().store() is None
+    check(recipe().make())
+
+
+def test_what_cannot_be_stored_is_handed_out(folder: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", None)
+    check(recipe().store())
 
 
 def test_another_recipe_is_another_program(folder: Path) -> None:
