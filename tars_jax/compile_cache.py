@@ -61,12 +61,15 @@ class Recipe(NamedTuple):
             return self._compile()
         with _JAX_CACHE.unwritten():
             program = self._compile()
-        if not _JAX_CACHE.hits:
+        if _JAX_CACHE.was_hit:
+            _FOUND_ELSEWHERE.add(path)
+        if path not in _FOUND_ELSEWHERE:
             _save(path, program)
         return program
 
     def _compile(self) -> jax.stages.Compiled:
         program: jax.stages.Compiled = self.function.lower(*self.arguments, **self.static).compile()
+        self.function.clear_cache()  # what it was traced to takes more memory than the program, and is not asked for again
         return program
 
     @property
@@ -101,22 +104,26 @@ class Recipe(NamedTuple):
 
 
 class _JaxCache:
-    """jax's own cache. A program that came from there is not whole when it is serialised again, so those kept here must never be in it;
-    and as jax does not tell where a program came from, nothing is kept any more when a process has found something there."""
+    """jax's own cache. A program that came from there is not whole when it is serialised again, so those kept here must never be in it."""
 
     def __init__(self) -> None:
-        self.hits = 0  # of this process
+        self._here = threading.local()  # jax tells what it finds from the thread that compiles
         self._lock, self._writers, self._usual = threading.Lock(), 0, 0.0
         jax.monitoring.register_event_listener(self._hear)
 
     @contextlib.contextmanager
     def unwritten(self) -> Iterator[None]:
-        """Nothing is written to it meanwhile."""
+        """Nothing is written to it meanwhile; afterwards `was_hit` is about this thread's compilations in between."""
+        self._here.hit = False
         self._count(1)
         try:
             yield
         finally:
             self._count(-1)
+
+    @property
+    def was_hit(self) -> bool:
+        return bool(self._here.hit)
 
     def _count(self, change: int) -> None:
         with self._lock:
@@ -126,10 +133,12 @@ class _JaxCache:
             jax.config.update(SECONDS, math.inf if self._writers else self._usual)
 
     def _hear(self, event: str, **_: Any) -> None:
-        self.hits += event == "/jax/compilation_cache/cache_hits"
+        if event == "/jax/compilation_cache/cache_hits":
+            self._here.hit = True
 
 
 _JAX_CACHE = _JaxCache()
+_FOUND_ELSEWHERE: set[Path] = set()  # where programs would be that jax's cache had: jax may hand them out again without a look there
 
 
 def _save(path: Path, program: jax.stages.Compiled) -> None:

@@ -86,5 +86,8 @@ def run_decodes(
     out = jnp.full((MOST_STEPS, layout.rows, output_width()), -1, jnp.int32)
     last = state.tokens.at[rows.slot, rows.length - 1].get(mode="fill", fill_value=0)
     ended = ~is_row | (last[:, None] == ends).any(axis=1)  # by the tokens of a step that the host had not read
-    _, _, state, out = jax.lax.while_loop(has_work, step, (jnp.int32(0), ended, state, out))
-    return state, out
+    taken, _, state, out = jax.lax.while_loop(has_work, step, (jnp.int32(0), ended, state, out))
+    # Where the next program, which was perhaps sent already, looks for the last token it finds that all have ended.
+    slots = jnp.where(taken < steps, rows.slot, max_rows)
+    tokens = state.tokens.at[slots, rows.length + steps - 1].set(ends[:, 0], mode="drop")
+    return dataclasses.replace(state, tokens=tokens), out

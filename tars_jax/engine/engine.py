@@ -22,7 +22,7 @@ from tars_jax.engine.decodes import MOST_STEPS
 from tars_jax.engine.idle import IdleWork, Work
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder, prefix_key
-from tars_jax.engine.request import FinishReason, Output, Request, new_request_id
+from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, new_request_id
 from tars_jax.engine.runner import Runner, Weights
 from tars_jax.engine.sampler import read_mu, read_row
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
@@ -310,7 +310,7 @@ class Engine:
             steps = int((out[:, 0, 0] >= 0).sum())
             self._measure(step, steps)
             for row, span in enumerate(step.plan):
-                self._take_several(span, out[:steps, row])
+                self._take_several(span, out[:steps, row, 0].tolist())
             return
         step.last.block_until_ready()  # where nothing is sampled
         self._measure(step, 1)
@@ -351,9 +351,9 @@ class Engine:
         if sequence.finish_reason:
             self._forget(sequence)
 
-    def _take_several(self, span: Span, rows: np.ndarray) -> None:
+    def _take_several(self, span: Span, tokens: list[int]) -> None:
         sequence = span.sequence
-        self._counters["output_tokens"] += sequence.take([read_row(row, 0)[0] for row in rows])
+        self._counters["output_tokens"] += sequence.take([TokenLogprob(token, 0.0) for token in tokens])  # which are not wanted
         if sequence.finish_reason:
             self._forget(sequence)
 

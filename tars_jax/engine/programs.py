@@ -1,5 +1,6 @@
 """The compiled programs of an engine, such as a step for each token bucket: made ahead in the background, or when first needed."""
 
+import gc
 import logging
 import threading
 import time
@@ -83,6 +84,9 @@ class Programs(Generic[Kind]):
             future, is_new = self._claim(kind)
             if is_new:
                 self._compile(kind, future)
+        if rare:
+            gc.collect()  # what compiling has left
+            memory.trim()
         then()
 
     def _store(self, kind: Kind) -> None:

@@ -90,6 +90,8 @@ class Scheduler:
         """The plan just made, as one of 1 to ``most`` decodes in one program if nothing else runs and nobody waits; else as it is."""
         if not plan or self.waiting or len(plan) < len(self.running) or not all(span.is_plain_decode for span in plan):
             return plan
+        if any(span.sequence.speculation and span.sequence.speculation.propose(span.sequence.tokens, 1) for span in plan):
+            return plan  # there is something to guess as soon as the tokens under way are known
         more = min(most - 1, *(span.sequence.room for span in plan))
         missing = [self.pages.pages_for(span.sequence.computed + more) - len(span.sequence.pages) for span in plan]
         if sum(missing) > self.pages.num_free:
@@ -163,7 +165,7 @@ class Scheduler:
 
     def _guesses(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens to try after a decode's own. If that one is being sampled it is guessed too, and what follows it goes into the step."""
-        if sequence.speculation is None or sequence.remaining != 1:
+        if sequence.speculation is None or sequence.remaining != 1 or sequence.pending > 1:
             return ()
         left = min(sequence.max_tokens + sequence.prompt_length, sequence.max_context) - sequence.length - 1
         room = min(self._room_for_guesses, self._budget - 1, left)

@@ -4,8 +4,9 @@
 
 The server runs in this process, its clients in another. A round is: nobody searches ("alone"), a job ("preparing", "searching", and "swap",
 the second before and after each change of weights), its result served ("improved"), and back to the file's weights ("alone" again). A
-phase's ratio is its median gap over that of the round's own two "alone" phases. ``--cold``: a job finds no compiled programs, and is
-stopped after the seconds of a phase, so that all of its time is spent on compiling (what earlier rounds have compiled stays).
+phase's ratio is its mean gap (tokens come in runs) over that of the round's own two "alone" phases. ``--cold``: a job finds no compiled
+programs, and is stopped after the seconds of a phase, so that all of its time is spent on compiling (what earlier rounds have compiled
+stays).
 """
 
 import argparse
@@ -147,10 +148,11 @@ def report(found: dict[tuple[int, str], list[float]], rounds: int) -> None:
         if len(gaps) < 20:
             continue
         there = [n for n in range(rounds) if found.get((n, phase))]
-        medians = [statistics.median(found[n, phase]) / statistics.median(found[n, "alone"]) for n in there]
+        means = [statistics.fmean(found[n, phase]) / statistics.fmean(found[n, "alone"]) for n in there]
         p50, p90, p99 = (1e3 * gaps[int(len(gaps) * share)] for share in (0.5, 0.9, 0.99))
-        ratio = f"{statistics.median(medians):.3f} ({min(medians):.3f}-{max(medians):.3f})"
-        print(f"{phase:10} tokens {len(gaps):6}  ms p50 {p50:6.1f}  p90 {p90:6.1f}  p99 {p99:6.1f}  p50 / alone {ratio}")
+        ratio = f"{statistics.median(means):.3f} ({min(means):.3f}-{max(means):.3f})"
+        mean = 1e3 * statistics.fmean(gaps)
+        print(f"{phase:10} tokens {len(gaps):6}  ms p50 {p50:6.1f}  p90 {p90:6.1f}  p99 {p99:6.1f}  mean {mean:6.1f}  / alone {ratio}")
 
 
 def main() -> None:
