@@ -1,6 +1,5 @@
 """The compiled programs of an engine, such as a step for each token bucket: made ahead in the background, or when first needed."""
 
-import gc
 import logging
 import threading
 import time
@@ -49,10 +48,10 @@ class Programs(Generic[Kind]):
             self._start(partial(self._compile_behind, kind, future))
         return future.result() if _is_ready(future) else None
 
-    def prepare(self, kinds: Iterable[Kind], rare: Iterable[Kind] = (), then: Callable[[], None] = lambda: None) -> None:
+    def prepare(self, kinds: Iterable[Kind], rare: Iterable[Kind] = ()) -> None:
         """Compile kinds in a thread of their own, one after the other; of those that are rare only see that they need not be compiled
-        when they are wanted. ``then`` is called last."""
-        self._start(partial(self._prepare, list(kinds), list(rare), then))
+        when they are wanted."""
+        self._start(partial(self._prepare, list(kinds), list(rare)))
 
     def settle(self) -> None:
         """Wait until nothing is made in the background."""
@@ -72,9 +71,9 @@ class Programs(Generic[Kind]):
     def _must_stop(self) -> bool:
         return self._stopped or not threading.main_thread().is_alive()
 
-    def _prepare(self, kinds: list[Kind], rare: list[Kind], then: Callable[[], None]) -> None:
+    def _prepare(self, kinds: list[Kind], rare: list[Kind]) -> None:
         for place, kind in enumerate(kinds + rare):
-            if place or not kinds:  # the first is wanted soon; the others must not take the cores from requests
+            if place:  # the first is wanted soon; the others must not take the cores from requests
                 step_back()
             if self._must_stop:
                 return
@@ -84,10 +83,6 @@ class Programs(Generic[Kind]):
             future, is_new = self._claim(kind)
             if is_new:
                 self._compile(kind, future)
-        if rare:
-            gc.collect()  # what compiling has left
-            memory.trim()
-        then()
 
     def _store(self, kind: Kind) -> None:
         if kind in self._programs:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -94,16 +93,13 @@ class Runner:
         self._state = init_state(self._model.config, self._config, draft, self._mesh)
 
     def compile_ahead(self, *, everything: bool) -> None:
-        """Compile in the background: the step of one token, and ``everything`` else after it."""
+        """Compile in the background: the step of one token, and ``everything`` else that may hold up a request after it."""
         self._ahead = buckets(self._config) if everything else [1]
         rows, compiled = sorted({self._rows(bucket) for bucket in self._ahead}), self._weights.compiled
         compiled.steps.prepare(self._ahead)
-        plain = [(count, False) for count in rows]
-        if not everything:
-            return compiled.samplers.prepare(plain)
-        self._histories.prepare([self._config.max_context])
-        several = [bucket for bucket in self._ahead if bucket < 2 * self._config.max_rows and self._draft is None]
-        compiled.samplers.prepare(plain, [(count, True) for count in rows], then=partial(compiled.decodes.prepare, [], several))
+        compiled.samplers.prepare([(count, False) for count in rows], rare=[(count, True) for count in rows] if everything else [])
+        if everything:
+            self._histories.prepare([self._config.max_context])
 
     def compiled(self) -> list[int]:
         """Buckets whose step is ready, smallest first."""
