@@ -13,6 +13,7 @@ import pytest
 
 from tars_jax import Engine, EngineConfig, SamplingParams
 from tars_jax.adapters import Adapter, Update, apply_adapter
+from tars_jax.engine import engine as engine_module
 from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.engine.runner import Runner
 from tars_jax.errors import InvalidRequest, ServerBusy, TarsError
@@ -181,6 +182,16 @@ def test_a_swap_to_another_structure_compiles_before_it_changes(engine: Engine) 
     assert text(engine, "hello") == expected
 
 
+@pytest.fixture
+def eager_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes go as many steps at once as they may, however slow the machine is."""
+    monkeypatch.setattr(engine_module, "LONG_STEP", 1e9)
+    monkeypatch.setattr(engine_module, "RUN_SECONDS", 1e9)
+
+
+PATIENT = dataclasses.replace(CONFIG, prompt_lookup=False, target_inter_token_ms=1e12)
+
+
 def compiled_by(engine: Engine, work: Callable[[], Any]) -> int:
     """Programs that some work compiles."""
     before = engine.stats().compilations
@@ -188,6 +199,7 @@ def compiled_by(engine: Engine, work: Callable[[], Any]) -> int:
     return engine.stats().compilations - before
 
 
+@pytest.mark.usefixtures("eager_runs")
 def test_an_expected_swap_compiles_nothing_nor_does_the_way_back(engine: Engine) -> None:
     text(engine, "hello")
     engine.settle()
@@ -292,13 +304,14 @@ MIXED = [
 ]
 
 
+@pytest.mark.usefixtures("eager_runs")
 def test_several_decodes_in_one_program_change_no_answer(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     decode = Runner.decode
     monkeypatch.setattr(Runner, "decode", lambda self, plan: counted.append(plan[0].steps) or decode(self, plan))
-    single = Engine(model, dataclasses.replace(CONFIG, prompt_lookup=False))
+    single = Engine(model, PATIENT)
     monkeypatch.setattr(single._runner, "decodes_ready", lambda rows: False)
-    several = Engine(model, dataclasses.replace(CONFIG, prompt_lookup=False))
+    several = Engine(model, PATIENT)
     for _ in range(2):  # the first time they are compiled meanwhile
         answers = []
         for engine in (single, several):
@@ -311,8 +324,9 @@ def test_several_decodes_in_one_program_change_no_answer(model: Any, monkeypatch
     several.close()
 
 
+@pytest.mark.usefixtures("eager_runs")
 def test_a_stream_that_ends_is_not_decoded_further(model: Any) -> None:
-    engine = Engine(model, dataclasses.replace(CONFIG, prompt_lookup=False))
+    engine = Engine(model, PATIENT)
     long = SamplingParams(max_tokens=60, temperature=0)
     ids = [token for output in finish(start(engine, "hello", long)) for token in output.token_ids]
     engine.settle()
