@@ -340,6 +340,17 @@ def test_a_stream_that_ends_is_not_decoded_further(model: Any) -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("eager_runs")
+def test_a_prompt_may_be_a_token_that_ends_answers(model: Any) -> None:
+    engine = Engine(model, PATIENT)
+    finish(start(engine, "hello", GREEDY))
+    engine.settle()  # the program of several decodes is there
+    (end,) = model.tokenizer.encode("h")
+    params = dataclasses.replace(GREEDY, stop_token_ids=(end,))
+    assert sum(len(output.token_ids) for output in finish(start(engine, "h", params))) > 0
+    engine.close()
+
+
 def test_an_8_bit_cache_halves_the_memory_and_answers_nearly_the_same(model: Any) -> None:
     logprobs = SamplingParams(max_tokens=8, temperature=0, logprobs=True)
     answers, sizes = [], []

@@ -85,7 +85,8 @@ def run_decodes(
 
     out = jnp.full((MOST_STEPS, layout.rows, output_width()), -1, jnp.int32)
     last = state.tokens.at[rows.slot, rows.length - 1].get(mode="fill", fill_value=0)
-    ended = ~is_row | (last[:, None] == ends).any(axis=1)  # by the tokens of a step that the host had not read
+    is_unread = ragged.tokens[: layout.rows] == FROM_DEVICE  # one that the host knows has ended nothing: it may be a prompt's
+    ended = ~is_row | is_unread & (last[:, None] == ends).any(axis=1)
     taken, _, state, out = jax.lax.while_loop(has_work, step, (jnp.int32(0), ended, state, out))
     # Where the next program, which was perhaps sent already, looks for the last token it finds that all have ended.
     slots = jnp.where(taken < steps, rows.slot, max_rows)
