@@ -2,8 +2,10 @@
 
 import asyncio
 import bisect
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +21,7 @@ from api.settings import Settings
 from api.telemetry import Telemetry
 from tars_jax import Engine, EngineConfig, SamplingParams
 from tars_jax.engine.request import Output, Usage
+from tars_jax.engine.scheduler import Span
 from tars_jax.engine.stats import Distribution, Histogram, Meter
 from tests.tiny import tiny_model
 
@@ -63,16 +66,24 @@ def test_bounds_belong_to_the_bucket_below() -> None:
     assert distribution.snapshot().counts == (1, 2, 1)
 
 
+def span(start: int, count: int) -> Span:
+    return Span(SimpleNamespace(prompt_length=38), start, count, samples=True)  # type: ignore[arg-type]
+
+
 def test_the_meter_counts_steps_and_compilations() -> None:
     meter = Meter()
-    meter.step(0.02, tokens=40, rows=3)
-    meter.step(0.5, tokens=3, rows=3)
+    long, short = (span(0, 38), span(38, 1), span(38, 1)), (span(39, 1),) * 3
+    seconds = [meter.step(long, 64, sent=time.perf_counter() - 0.5), meter.step(short, 4, sent=0.0, steps=4)]
     meter.compiled(1.5)
     meter.compiled(0.5)
     numbers = meter.numbers()
     assert (numbers["compilations"], numbers["compile_seconds"]) == (2, 2.0)
-    assert [sum(numbers[name].counts) for name in ("step_seconds", "step_token_counts", "step_row_counts")] == [2, 2, 2]
-    assert [numbers[name].total for name in ("step_seconds", "step_token_counts", "step_row_counts")] == [0.52, 43, 6]
+    assert [sum(numbers[name].counts) for name in ("step_seconds", "step_token_counts", "step_row_counts")] == [5, 5, 5]
+    assert numbers["step_seconds"].total == pytest.approx(sum(seconds))
+    assert 0 < seconds[1] < 0.5 <= seconds[0]  # a step cannot begin before the one before it was read
+    assert (numbers["step_token_counts"].total, numbers["step_row_counts"].total) == (40 + 4 * 3, 3 + 4 * 3)
+    assert {name: numbers[name] for name in ("steps", "step_rows", "step_tokens")} == {"steps": 5, "step_rows": 15, "step_tokens": 52}
+    assert numbers["prompt_tokens"] == 38  # of 38
 
 
 def test_an_engine_counts_its_steps() -> None:

@@ -193,21 +193,14 @@ def test_decodes_are_prolonged_as_far_as_the_shortest_goes() -> None:
     assert all(len(sequence.pages) == bench.pages.pages_for(sequence.computed) for sequence in (first, second))
 
 
-def test_a_step_with_a_prompt_is_not_prolonged() -> None:
-    bench = Bench()
+@pytest.mark.parametrize("rows", [2, 1], ids=["reads a prompt", "waits"])
+def test_nothing_is_prolonged_while_somebody(rows: int) -> None:
+    bench = Bench(rows=rows)
     bench.add(prompt=4, max_tokens=9)
     bench.step()
     bench.add(prompt=4, max_tokens=9)
     plan = bench.scheduler.schedule()
-    assert bench.scheduler.prolong(plan, 8) == plan
-
-
-def test_nothing_is_prolonged_while_somebody_waits() -> None:
-    bench = Bench(rows=1)
-    bench.add(prompt=4, max_tokens=9)
-    bench.step()
-    bench.add(prompt=4, max_tokens=9)
-    plan = bench.scheduler.schedule()
+    assert len(plan) == rows
     assert bench.scheduler.prolong(plan, 8) == plan
 
 

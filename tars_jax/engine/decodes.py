@@ -19,10 +19,12 @@ from tars_jax.engine.speculation import FROM_DEVICE
 from tars_jax.engine.step import EngineState, Layout
 from tars_jax.engine.structure import Structure
 from tars_jax.model import forward, logits
-from tars_jax.sample_rows import unpack_rows
-from tars_jax.sampling import sample
+from tars_jax.sample_rows import SampleRows, unpack_rows
+from tars_jax.sampling import Sampled, sample
 
 MOST_STEPS = 8  # of a program
+
+Carry = tuple[jax.Array, jax.Array, EngineState, jax.Array]  # steps taken, bool [R] of rows that have ended, state, output so far
 
 
 @partial(jax.jit, static_argnames=("layout", "structure", "config", "dtype", "mesh"), donate_argnames="state")
@@ -49,46 +51,54 @@ def run_decodes(
     params, _ = structure.fill(arrays)
     parts = layout.split(numbers)
     ragged = RaggedBatch(*(parts[field.name] for field in dataclasses.fields(RaggedBatch)))
-    strengths = jax.lax.bitcast_convert_type(parts["strengths"], jnp.float32)
-    params = fill_scales(params, strengths[ragged.rows])
     rows = unpack_rows(samples.numbers, samples.extras)
+    strengths = jax.lax.bitcast_convert_type(parts["strengths"], jnp.float32)
+    layers = fill_scales(params, strengths[ragged.rows])
     run = forward if mesh is None else partial(sharding.sharded_forward, mesh=mesh)
     max_rows, context = state.tokens.shape
-    is_token, is_row = ragged.positions >= 0, rows.slot < max_rows
-    slots = jnp.where(is_token, parts["slots"][ragged.rows], max_rows)
+    slots = jnp.where(ragged.positions >= 0, parts["slots"][ragged.rows], max_rows)
+
+    def decode(i: jax.Array, state: EngineState) -> tuple[EngineState, Sampled]:
+        now = _later(ragged, i)
+        now = dataclasses.replace(now, tokens=state.tokens.at[slots, now.positions].get(mode="fill", fill_value=0))
+        hidden, cache = run(layers, config, now, state.cache, context=context, dtype=jnp.dtype(dtype))
+        scores = logits(fill_scales(params, strengths), config, hidden[: layout.rows])
+        if mesh is not None:
+            scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
+        sampled = sample(scores, dataclasses.replace(rows, length=rows.length + i), state.tokens, state.mu, plain=True)
+        return dataclasses.replace(state, cache=cache), sampled
+
+    def has_work(carry: Carry) -> jax.Array:
+        i, ended, _, _ = carry
+        return (i < steps) & ~ended.all()
+
+    def step(carry: Carry) -> Carry:
+        i, ended, state, out = carry
+        state, sampled = decode(i, state)
+        read = _last_tokens(state.tokens, rows, i)
+        tokens = state.tokens.at[rows.slot, rows.length + i].set(sampled.tokens, mode="drop")
+        ended |= (sampled.tokens[:, None] == ends).any(axis=1)
+        return i + 1, ended, dataclasses.replace(state, tokens=tokens), out.at[i].set(pack(sampled, read))
 
     known = state.tokens.at[slots, ragged.positions].get(mode="fill", fill_value=0)
     first = jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens)
     state = dataclasses.replace(state, tokens=state.tokens.at[slots, ragged.positions].set(first, mode="drop"))
-
-    def has_work(carry: tuple[jax.Array, jax.Array, EngineState, jax.Array]) -> jax.Array:
-        i, ended, _, _ = carry
-        return (i < steps) & ~ended.all()
-
-    def step(carry: tuple[jax.Array, jax.Array, EngineState, jax.Array]) -> tuple[jax.Array, jax.Array, EngineState, jax.Array]:
-        i, ended, state, out = carry
-        positions = jnp.where(is_token, ragged.positions + i, -1)
-        last = state.tokens.at[slots, positions].get(mode="fill", fill_value=0)
-        lengths = jnp.where(ragged.kv_lengths > 0, ragged.kv_lengths + i, 0)
-        now = dataclasses.replace(ragged, tokens=last, positions=positions, kv_lengths=lengths)
-        hidden, cache = run(params, config, now, state.cache, context=context, dtype=jnp.dtype(dtype))
-        scores = logits(fill_scales(params, strengths), config, hidden[: layout.rows])
-        if mesh is not None:
-            scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
-        length = rows.length + i
-        sampled = sample(scores, dataclasses.replace(rows, length=length), state.tokens, state.mu, plain=True)
-        read = state.tokens.at[rows.slot, length - 1].get(mode="fill", fill_value=0)
-        tokens = state.tokens.at[rows.slot, length].set(sampled.tokens, mode="drop")
-        out = out.at[i].set(pack(sampled, read))
-        ended |= (sampled.tokens[:, None] == ends).any(axis=1)
-        return i + 1, ended, dataclasses.replace(state, cache=cache, tokens=tokens), out
-
-    out = jnp.full((MOST_STEPS, layout.rows, output_width()), -1, jnp.int32)
-    last = state.tokens.at[rows.slot, rows.length - 1].get(mode="fill", fill_value=0)
     is_unread = ragged.tokens[: layout.rows] == FROM_DEVICE  # one that the host knows has ended nothing: it may be a prompt's
-    ended = ~is_row | is_unread & (last[:, None] == ends).any(axis=1)
+    ended = (rows.slot >= max_rows) | is_unread & (_last_tokens(state.tokens, rows, 0)[:, None] == ends).any(axis=1)
+    out = jnp.full((MOST_STEPS, layout.rows, output_width()), -1, jnp.int32)
     taken, _, state, out = jax.lax.while_loop(has_work, step, (jnp.int32(0), ended, state, out))
     # Where the next program, which was perhaps sent already, looks for the last token it finds that all have ended.
-    slots = jnp.where(taken < steps, rows.slot, max_rows)
-    tokens = state.tokens.at[slots, rows.length + steps - 1].set(ends[:, 0], mode="drop")
+    missing = jnp.where(taken < steps, rows.slot, max_rows)
+    tokens = state.tokens.at[missing, rows.length + steps - 1].set(ends[:, 0], mode="drop")
     return dataclasses.replace(state, tokens=tokens), out
+
+
+def _later(ragged: RaggedBatch, steps: jax.Array) -> RaggedBatch:
+    """A batch of decodes so many steps later, but for its tokens."""
+    positions = jnp.where(ragged.positions >= 0, ragged.positions + steps, -1)
+    return dataclasses.replace(ragged, positions=positions, kv_lengths=jnp.where(ragged.kv_lengths > 0, ragged.kv_lengths + steps, 0))
+
+
+def _last_tokens(tokens: jax.Array, rows: SampleRows, steps: jax.Array | int) -> jax.Array:
+    """Of each row after so many steps, int32 [R]; 0 of padding."""
+    return tokens.at[rows.slot, rows.length + steps - 1].get(mode="fill", fill_value=0)

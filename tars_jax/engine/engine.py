@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from tars_jax.adapters import Adapter, check_fits
@@ -20,6 +18,7 @@ from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.admission import Admission
 from tars_jax.engine.decodes import MOST_STEPS
 from tars_jax.engine.idle import IdleWork, Work
+from tars_jax.engine.inflight import InFlight
 from tars_jax.engine.pages import PageAllocator
 from tars_jax.engine.prefixes import PrefixFolder, prefix_key
 from tars_jax.engine.request import FinishReason, Output, Request, TokenLogprob, new_request_id
@@ -28,9 +27,8 @@ from tars_jax.engine.sampler import read_mu, read_row
 from tars_jax.engine.scheduler import Plan, Scheduler, Span
 from tars_jax.engine.sequence import Sequence
 from tars_jax.engine.sizing import resolve
-from tars_jax.engine.stats import COUNTERS, EngineStats, Meter
+from tars_jax.engine.stats import EngineStats, Meter
 from tars_jax.engine.step import bucket_of
-from tars_jax.engine.timing import StepTimes
 from tars_jax.errors import InvalidRequest, ServerBusy, TarsError
 from tars_jax.kernels.build import cache_dir
 from tars_jax.loaders.loaded import Model
@@ -41,17 +39,6 @@ log = logging.getLogger(__name__)
 MIN_STEP_TOKENS = 16  # smaller steps would not save memory worth having
 RUN_SECONDS = 0.025  # of decodes that the host starts at once: longer ones would be seen by readers, and by whoever comes meanwhile
 LONG_STEP = 0.04  # seconds; the host's part of a step is then small enough for the device to wait for it
-
-
-class InFlight(NamedTuple):
-    """A step on its way."""
-
-    plan: Plan
-    bucket: int
-    last: jax.Array | None  # the last layer's states that tokens are sampled after, to come; None of decodes
-    hidden: jax.Array | None  # the last layer's states to come, [bucket, H]
-    sent: float  # seconds, time.perf_counter()
-    out: jax.Array | None = None  # the sampler's, once it is sent too; it never is if nothing is sampled. Of decodes with an axis of steps
 
 
 class Engine:
@@ -67,16 +54,12 @@ class Engine:
         self._sequences: dict[tuple[int, int], Sequence] = {}  # by request id and answer
         self._in_flight: InFlight | None = None
         self._idle: IdleWork | None = None
-        self._times = StepTimes()
         self._meter = Meter()
-        self._last_read = 0.0  # seconds, time.perf_counter()
         self._deadlines: list[tuple[float, int]] = []  # a heap, with the requests' ids
         self._current: Plan = ()  # whose step is being sent or read
-        self._counters = dict.fromkeys(COUNTERS, 0)
         self._closing = self._draining = False
         self._max_step_tokens = self.config.max_step_tokens
-        self._version = 1
-        self._draft = draft
+        self._version, self._draft = 1, draft
         self._runner = Runner(model, self.config, draft, observe=self._meter.compiled)
         self._admission = Admission(model, self.config, draft)
         self._scheduler = self._new_scheduler()
@@ -144,7 +127,7 @@ class Engine:
             reused_tokens=scheduler.num_reused,
             missed_tokens=scheduler.num_missed,
             preemptions=scheduler.num_preemptions,
-            **{**self._counters, **self._meter.numbers()},
+            **self._meter.numbers(),
         )
 
     def swap(self, params: Decoder, version: int | None = None) -> int:
@@ -259,7 +242,7 @@ class Engine:
     def _step(self) -> None:
         """Plan a step and send it off, then read the one before: the host works while the device does. A long step is read first, and
         the next one planned when those who came meanwhile have been let in."""
-        if self._in_flight and self._times.predict(self._in_flight.bucket) > LONG_STEP:
+        if self._in_flight and self._meter.times.predict(self._in_flight.bucket) > LONG_STEP:
             return self._commit()
         plan = self._current = self._prolonged(self._scheduler.schedule(self._budget()))
         dispatched = self._dispatch(plan) if plan else None
@@ -274,7 +257,7 @@ class Engine:
         """The plan, as one program of decodes where these are short and nobody waits: then the host's part counts."""
         if not plan or self._inbox or len(plan) < len(self._scheduler.running):
             return plan
-        each = self._times.predict(bucket_of(len(plan)))
+        each = self._meter.times.predict(bucket_of(len(plan)))
         if not 0 < each <= LONG_STEP or not self._runner.decodes_ready(len(plan)):
             return plan
         together = min(RUN_SECONDS, self.config.target_inter_token_ms / 1000)
@@ -286,7 +269,7 @@ class Engine:
         if len(running) + len(self._scheduler.waiting) <= 1:
             return self._max_step_tokens
         decodes = sum(sequence.remaining == 1 for sequence in running)
-        return self._times.budget(self.config.target_inter_token_ms / 1000, decodes, self._max_step_tokens)
+        return self._meter.times.budget(self.config.target_inter_token_ms / 1000, decodes, self._max_step_tokens)
 
     def _dispatch(self, plan: Plan) -> InFlight:
         if plan[0].steps:
@@ -305,13 +288,10 @@ class Engine:
         step, self._in_flight = self._in_flight, None
         self._current = step.plan
         out = None if step.out is None else np.asarray(step.out)
-        if step.last is None or step.hidden is None:
-            assert out is not None
-            steps = int((out[:, 0, 0] >= 0).sum())
-            self._measure(step, steps)
-            for row, span in enumerate(step.plan):
-                self._take_several(span, out[:steps, row, 0].tolist())
-            return
+        if out is not None and step.is_run:
+            return self._take_run(step, out)
+        assert step.last is not None
+        assert step.hidden is not None
         step.last.block_until_ready()  # where nothing is sampled
         self._measure(step, 1)
         rows = iter(() if out is None else out)
@@ -325,35 +305,27 @@ class Engine:
                 self._take(span, [next(rows) for _ in range(1 + len(span.guesses))])
 
     def _measure(self, step: InFlight, steps: int) -> None:
-        """Learn from a step that was read, or from so many of one plan."""
-        now = time.perf_counter()
-        seconds = now - max(step.sent, self._last_read)
-        self._last_read = now
+        seconds = self._meter.step(step.plan, step.bucket, step.sent, steps)
         if self._idle:
             self._idle.serve(seconds)
-        tokens = sum(span.tokens for span in step.plan)
-        for _ in range(steps):
-            self._times.observe(step.bucket, seconds / steps)
-            self._meter.step(seconds / steps, tokens, len(step.plan))
-        self._counters["steps"] += steps
-        self._counters["step_rows"] += steps * len(step.plan)
-        self._counters["step_tokens"] += steps * tokens
-        self._counters["prompt_tokens"] += sum(max(min(span.count, span.sequence.prompt_length - span.start), 0) for span in step.plan)
 
     def _take(self, span: Span, rows: list[np.ndarray]) -> None:
         sequence = span.sequence
         sampled = [read_row(row, sequence.params.top_logprobs) for row in rows]
         sequence.mu = read_mu(rows[0])
         accepted = sequence.accept([token for token, _ in sampled], [read for _, read in sampled[1:]])
-        self._counters["drafted_tokens"] += len(span.guesses)
-        self._counters["accepted_tokens"] += accepted
-        self._counters["output_tokens"] += 1 + accepted
-        if sequence.finish_reason:
-            self._forget(sequence)
+        self._count(sequence, output_tokens=1 + accepted, drafted_tokens=len(span.guesses), accepted_tokens=accepted)
 
-    def _take_several(self, span: Span, tokens: list[int]) -> None:
-        sequence = span.sequence
-        self._counters["output_tokens"] += sequence.take([TokenLogprob(token, 0.0) for token in tokens])  # which are not wanted
+    def _take_run(self, step: InFlight, out: np.ndarray) -> None:
+        taken = out[: int((out[:, 0, 0] >= 0).sum()), : len(step.plan), 0]  # [steps, rows]
+        self._measure(step, len(taken))
+        for span, tokens in zip(step.plan, taken.T.tolist(), strict=True):
+            without = [TokenLogprob(token, 0.0) for token in tokens]  # log-probabilities: nobody in a run wants them
+            self._count(span.sequence, output_tokens=span.sequence.take(without))
+
+    def _count(self, sequence: Sequence, **tokens: int) -> None:
+        """What a sequence got, which may have been the end of it."""
+        self._meter.count(**tokens)
         if sequence.finish_reason:
             self._forget(sequence)
 
@@ -391,7 +363,7 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """After a failed step: its requests end, all others start again from an empty state. When memory ran out nobody ends as long
         as smaller steps can be tried."""
-        self._counters["failures"] += 1
+        self._meter.count(failures=1)
         failed = {span.sequence for span in self._current}
         out_of_memory = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
         if out_of_memory and self._max_step_tokens > MIN_STEP_TOKENS:
@@ -409,8 +381,7 @@ class Engine:
             self._scheduler.add(sequence)
 
     def _reset(self) -> None:
-        self._in_flight = None
-        self._current = ()
+        self._in_flight, self._current = None, ()
         self._runner.reset()
         old, self._scheduler = self._scheduler, self._new_scheduler()
         self._scheduler.num_preemptions = old.num_preemptions

@@ -2,9 +2,13 @@
 
 import dataclasses
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
+
+from tars_jax.engine.scheduler import Plan
+from tars_jax.engine.timing import StepTimes
 
 COUNTERS = ("steps", "step_rows", "step_tokens", "prompt_tokens", "output_tokens", "drafted_tokens", "accepted_tokens", "failures")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -67,22 +71,40 @@ class Distribution:
 
 
 class Meter:
-    """Steps by their time, tokens and rows; compilations."""
+    """What is learned from steps that were read: how long they take, by their tokens and rows; compilations; and counters."""
 
     def __init__(self) -> None:
+        self.times = StepTimes()
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._last_read = 0.0  # seconds, time.perf_counter()
         self.seconds, self.tokens, self.rows = Distribution(SECONDS), Distribution(TOKENS), Distribution(ROWS)
         self.compilations, self.compile_seconds = 0, 0.0
         self._lock = threading.Lock()  # programs are compiled in several threads
 
-    def step(self, seconds: float, tokens: int, rows: int) -> None:
-        """Count a step: the seconds by which it moved everything on."""
-        self.seconds.observe(seconds)
-        self.tokens.observe(tokens)
-        self.rows.observe(rows)
+    def step(self, plan: Plan, bucket: int, sent: float, steps: int = 1) -> float:
+        """Count a step that was read just now, or so many of one plan: the seconds by which they moved everything on."""
+        now = time.perf_counter()
+        seconds = now - max(sent, self._last_read)
+        self._last_read = now
+        tokens = sum(span.tokens for span in plan)
+        for _ in range(steps):
+            self.times.observe(bucket, seconds / steps)
+            self.seconds.observe(seconds / steps)
+            self.tokens.observe(tokens)
+            self.rows.observe(len(plan))
+        prompts = sum(max(min(span.count, span.sequence.prompt_length - span.start), 0) for span in plan)
+        self.count(steps=steps, step_rows=steps * len(plan), step_tokens=steps * tokens, prompt_tokens=prompts)
+        return seconds
+
+    def count(self, **more: int) -> None:
+        """Add to counters."""
+        for name, number in more.items():
+            self._counters[name] += number
 
     def numbers(self) -> dict[str, Any]:
         """Its part of the engine's numbers."""
         return {
+            **self._counters,
             "compilations": self.compilations,
             "compile_seconds": self.compile_seconds,
             "step_seconds": self.seconds.snapshot(),
