@@ -8,7 +8,9 @@
 //   score    16 sums, of the dimensions d mod 16, added by `sum_in_order`
 //   segment  a softmax of its own over tokens [128 n, 128 n + 128); its total is 16 sums of the tokens mod 16, added likewise; values are
 //            summed token by token
-//   result   segments joined one after the other (`join`), divided at the end
+//   pairs    of a bfloat16 cache, where the processor multiplies these: queries and weights are rounded to bfloat16, pairs of dimensions
+//            take the place of dimensions, and pairs of tokens that of tokens
+//   result   segments joined one after the other (`join`), times one over the total at the end
 // Tokens that a query does not see weigh exactly 0 and so change no bit.
 #pragma once
 #include "attend_block.h"
@@ -17,12 +19,15 @@
 namespace tars::TARS_ISA {
 
 static void attend(const AttentionTask& t, float* scratch) {
-  if (t.count > 1) return attend_lanes(t, scratch);
+#if defined(__AVX512F__)
+  if (Pairs::takes(t)) return t.count > 1 ? attend_lanes<Pairs>(t, scratch) : attend_one<Pairs, DType::kBF16>(t, scratch);
+#endif
+  if (t.count > 1) return attend_lanes<Singles>(t, scratch);
   switch (t.cache_type) {
-    case DType::kF16: return attend_one<DType::kF16>(t, scratch);
-    case DType::kBF16: return attend_one<DType::kBF16>(t, scratch);
-    case DType::kI8: return attend_one<DType::kI8>(t, scratch);
-    default: return attend_one<DType::kF32>(t, scratch);
+    case DType::kF16: return attend_one<Singles, DType::kF16>(t, scratch);
+    case DType::kBF16: return attend_one<Singles, DType::kBF16>(t, scratch);
+    case DType::kI8: return attend_one<Singles, DType::kI8>(t, scratch);
+    default: return attend_one<Singles, DType::kF32>(t, scratch);
   }
 }
 

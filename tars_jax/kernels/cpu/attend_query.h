@@ -56,9 +56,9 @@ TARS_INLINE Floats sums16(const Floats* x) {
 }
 
 // Scores of `kHeads` queries [kHeads][padded] with 16 tokens from `base + at`, of which those in the span count, to scores[h][at ..].
-template <DType kType, int kHeads>
+template <class Terms, DType kType, int kHeads>
 static void score_few(const AttentionTask& t, const float* queries, Span span, int at, float* scores) {
-  const int64_t padded = padded_dim(t), dim = t.head_dim;
+  const int64_t padded = padded_dim(t), elements = t.head_dim / Terms::kNumbers;
   Floats acc[kHeads][kLanes];
   for (int i = 0; i < kLanes; ++i) {
     Floats sum[kHeads];
@@ -68,9 +68,9 @@ static void score_few(const AttentionTask& t, const float* queries, Span span, i
       prefetch_token(t, t.v_pages, token);  // wanted as soon as the scores are known
       if (at + i + kAhead < span.end) prefetch_token(t, t.k_pages, token + kAhead);
       const char* k = cached(t, t.k_pages, token);
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        Floats x = load_cached<kType>(k, d, dim - d);
-        for (int h = 0; h < kHeads; ++h) sum[h] = fma(x, load(queries + h * padded + d), sum[h]);
+      for (int64_t d = 0; d < elements; d += kLanes) {
+        const Floats x = Terms::template key<kType>(k, d, elements - d);
+        for (int h = 0; h < kHeads; ++h) sum[h] = Terms::add(x, load(queries + h * padded + d), sum[h]);
       }
     }
     for (int h = 0; h < kHeads; ++h) acc[h][i] = sum[h];
@@ -78,18 +78,21 @@ static void score_few(const AttentionTask& t, const float* queries, Span span, i
   for (int h = 0; h < kHeads; ++h) store(scores + h * kSegment + at, sums16(acc[h]));
 }
 
-template <DType kType, int kHeads, int kVectors>
+template <class Terms, DType kType, int kHeads, int kVectors>
 TARS_INLINE void values_few(const AttentionTask& t, Span span, int64_t d, const float* weights, float* values) {
   const int64_t padded = padded_dim(t);
   Floats acc[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h)
     for (int v = 0; v < kVectors; ++v) acc[h][v] = splat(0.0f);
-  for (int i = span.begin; i < span.end; ++i) {
-    const char* vector = cached(t, t.v_pages, span.base + i);
+  for (int i = span.begin / Terms::kNumbers * Terms::kNumbers; i < span.end; i += Terms::kNumbers) {
+    const char* vectors[Terms::kNumbers];
+    find_values<Terms>(t, span, i, vectors);
+    Floats w[kHeads];
+    for (int h = 0; h < kHeads; ++h) w[h] = splat(weights[h * kSegment + i / Terms::kNumbers]);
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = d + v * kLanes;
-      Floats x = load_cached<kType>(vector, at, kVectors > 1 ? kLanes : t.head_dim - at);
-      for (int h = 0; h < kHeads; ++h) acc[h][v] = fma(splat(weights[h * kSegment + i]), x, acc[h][v]);
+      const Floats x = Terms::template value<kType>(vectors, at, kVectors > 1 ? kLanes : t.head_dim - at);
+      for (int h = 0; h < kHeads; ++h) acc[h][v] = Terms::add(w[h], x, acc[h][v]);
     }
   }
   for (int h = 0; h < kHeads; ++h)
@@ -119,8 +122,15 @@ TARS_INLINE void softmax_few(float* scores, Span span, float cap, float* maximum
   *total = sum(sums);
 }
 
+// Numbers, a multiple of 16, in place to bfloat16 that stand beside each other, then zeros.
+TARS_INLINE void to_pairs(float* x, int64_t count) {
+  uint16_t* out = reinterpret_cast<uint16_t*>(x);
+  for (int64_t i = 0; i < count; i += kLanes) store_bf16(out + i, load(x + i));
+  std::memset(out + count, 0, 2 * count);
+}
+
 // One segment of one query; its softmax goes to the task's partials.
-template <DType kType, int kHeads>
+template <class Terms, DType kType, int kHeads>
 static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
   const int64_t padded = padded_dim(t);
   const Span span = span_of(t, t.begin / kSegment * kSegment);
@@ -134,31 +144,33 @@ static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
       Floats x = load_some(t.q_type, static_cast<const char*>(t.q) + (at + d) * size_of(t.q_type), static_cast<int>(left));
       store(queries + h * padded + d, x * splat(t.scale));
     }
+    if constexpr (Terms::kNumbers == 2) to_pairs(queries + h * padded, padded);
   }
   for (int i = span.begin; i < span.end && i < span.begin + kAhead; ++i) prefetch_token(t, t.k_pages, span.base + i);
-  for (int at = span.begin / kLanes * kLanes; at < span.end; at += kLanes) score_few<kType, kHeads>(t, queries, span, at, scores);
+  for (int at = span.begin / kLanes * kLanes; at < span.end; at += kLanes) score_few<Terms, kType, kHeads>(t, queries, span, at, scores);
   for (int h = 0; h < kHeads; ++h) {
     float* partial = t.partial + (head + h) * partial_floats(t.head_dim);
     std::memset(scores + h * kSegment, 0, sizeof(float) * (span.begin / kLanes * kLanes));
     softmax_few(scores + h * kSegment, span, t.softcap, partial, partial + 1);
+    if constexpr (Terms::kNumbers == 2) to_pairs(scores + h * kSegment, kSegment);
   }
   constexpr int kVectors = kHeads * kParts > 6 ? 1 : kHeads * kParts > 3 ? 2 : 4;  // sums that stay in 16 registers
   int64_t d = 0;
-  for (; d + kVectors * kLanes <= t.head_dim; d += kVectors * kLanes) values_few<kType, kHeads, kVectors>(t, span, d, scores, values);
-  for (; d < t.head_dim; d += kLanes) values_few<kType, kHeads, 1>(t, span, d, scores, values);
+  for (; d + kVectors * kLanes <= t.head_dim; d += kVectors * kLanes) values_few<Terms, kType, kHeads, kVectors>(t, span, d, scores, values);
+  for (; d < t.head_dim; d += kLanes) values_few<Terms, kType, kHeads, 1>(t, span, d, scores, values);
   for (int h = 0; h < kHeads; ++h)
     std::memcpy(t.partial + (head + h) * partial_floats(t.head_dim) + 2, values + h * padded, sizeof(float) * t.head_dim);
 }
 
-template <DType kType>
+template <class Terms, DType kType>
 static void attend_one(const AttentionTask& t, float* scratch) {
   int64_t head = 0;
   if constexpr (kParts < 4) {  // several heads share a read of the cache; not worth compiling for the portable path
-    for (; t.group - head >= 4; head += 4) attend_few<kType, 4>(t, scratch, head);
-    if (t.group - head == 3) return attend_few<kType, 3>(t, scratch, head);
-    for (; t.group - head >= 2; head += 2) attend_few<kType, 2>(t, scratch, head);
+    for (; t.group - head >= 4; head += 4) attend_few<Terms, kType, 4>(t, scratch, head);
+    if (t.group - head == 3) return attend_few<Terms, kType, 3>(t, scratch, head);
+    for (; t.group - head >= 2; head += 2) attend_few<Terms, kType, 2>(t, scratch, head);
   }
-  for (; head < t.group; ++head) attend_few<kType, 1>(t, scratch, head);
+  for (; head < t.group; ++head) attend_few<Terms, kType, 1>(t, scratch, head);
 }
 
 // Joins the softmaxes of one query's segments; each segment's block is group * partial_floats long.
@@ -179,11 +191,11 @@ static void merge(const AttentionTask& t, int64_t segments) {
       }
       maximum = j.maximum;
     }
-    const Floats divisor = max(total, splat(kLeastTotal));
+    const Floats inverse = splat(1.0f) / max(total, splat(kLeastTotal));
     char* out = static_cast<char*>(t.out) + (t.first * t.heads + t.head + h) * t.head_dim * size_of(t.q_type);
     for (int64_t d = 0; d < t.head_dim; d += kLanes) {
       const int lanes = static_cast<int>(t.head_dim - d < kLanes ? t.head_dim - d : kLanes);
-      store_some(t.q_type, out + d * size_of(t.q_type), load_some(DType::kF32, first + 2 + d, lanes) / divisor, lanes);
+      store_some(t.q_type, out + d * size_of(t.q_type), load_some(DType::kF32, first + 2 + d, lanes) * inverse, lanes);
     }
   }
 }

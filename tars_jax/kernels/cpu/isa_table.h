@@ -9,7 +9,7 @@ namespace tars::TARS_ISA {
 
 static bool native_pairs() {
 #if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512bf16");
+  return has_pairs();
 #else
   return false;
 #endif

@@ -47,6 +47,7 @@ struct Finish {  // what happens to a tile's sums before they are stored
 
 constexpr int kQueryRows = 32;    // (query, head) pairs of an attention task: two vectors of lanes
 constexpr int kSegment = 128;     // cached tokens per softmax; segments start at multiples of it, wherever a query or its window does
+constexpr int64_t kMaxHeadDim = 1024;
 constexpr int kChunkTokens = 32;  // cached tokens widened at once
 
 // Attention of queries [first, first + count) of one row, heads [head, head + group), to cached tokens [begin, end) of one KV head.

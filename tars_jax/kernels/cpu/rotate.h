@@ -31,8 +31,7 @@ static void store_i8(const float* x, int64_t dim, char* out) {
 
 // Norms and rotates one head of one token; dimension i pairs with i + half, the rest passes through.
 static void rotate(const RotateTask& t, int64_t token, int64_t head, void* out, DType out_type) {
-  constexpr int64_t kMaxDim = 1024;
-  float x[kMaxDim + kGroup];
+  float x[kMaxHeadDim + kGroup];
   const char* in = static_cast<const char*>(t.in) + (token * t.heads + head) * t.head_dim * size_of(t.type);
   read_row(in, t.type, t.head_dim, t.norm, t.eps, x);
   const float *cos = t.cos + token * t.half, *sin = t.sin + token * t.half;

@@ -38,6 +38,49 @@ TARS_INLINE Span span_of(const AttentionTask& t, int64_t base) {
   return {base, static_cast<int>(t.begin > base ? t.begin - base : 0), static_cast<int>(t.end - base < kSegment ? t.end - base : kSegment)};
 }
 
+// What the products of attention are made of: numbers in float32, or pairs of bfloat16, of neighbouring dimensions of queries and keys and
+// of neighbouring tokens' weights and values. An element is 32 bits of either.
+struct Singles {
+  static constexpr int kNumbers = 1;
+  TARS_INLINE Floats add(Floats a, Floats b, Floats sum) { return fma(a, b, sum); }
+  TARS_INLINE int64_t elements(const AttentionTask& t) { return padded_dim(t); }
+  template <DType kType>
+  TARS_INLINE Floats key(const char* vector, int64_t i, int64_t left) { return load_cached<kType>(vector, i, left); }
+  template <DType kType>
+  TARS_INLINE Floats value(const char* const* vectors, int64_t d, int64_t left) { return load_cached<kType>(*vectors, d, left); }
+};
+
+#if defined(__AVX512F__)
+struct Pairs {
+  static constexpr int kNumbers = 2;
+  TARS_INLINE bool takes(const AttentionTask& t) { return t.cache_type == DType::kBF16 && t.head_dim % 2 == 0 && has_pairs(); }
+  TARS_INLINE Floats add(Floats a, Floats b, Floats sum) { return dot_pairs(a, b, sum); }
+  TARS_INLINE int64_t elements(const AttentionTask& t) { return t.head_dim / 2; }
+  template <DType>
+  TARS_INLINE Floats key(const char* vector, int64_t i, int64_t left) {
+    return left >= kLanes ? load(reinterpret_cast<const float*>(vector) + i) : load_some(DType::kF32, vector + 4 * i, static_cast<int>(left));
+  }
+  template <DType>
+  TARS_INLINE Floats value(const char* const* vectors, int64_t d, int64_t left) {
+    return as_floats(bits(vectors[0] + 2 * d, left) | shift_left<16>(bits(vectors[1] + 2 * d, left)));
+  }
+
+ private:
+  TARS_INLINE Ints bits(const char* p, int64_t left) {
+    return left >= kLanes ? widen_u16(p) : shift_right<16>(as_ints(load_some(DType::kBF16, p, static_cast<int>(left)))) & splat(0xffff);
+  }
+};
+#endif
+
+alignas(64) constexpr char kZeros[4 * kMaxHeadDim] = {};
+
+// The cached values of an element's tokens, from `at` of a span; zeros for one outside the span, where anything may stand.
+template <class Terms>
+TARS_INLINE void find_values(const AttentionTask& t, Span span, int at, const char* (&vectors)[Terms::kNumbers]) {
+  for (int i = 0; i < Terms::kNumbers; ++i)
+    vectors[i] = at + i < span.begin || at + i >= span.end ? kZeros : cached(t, t.v_pages, span.base + at + i);
+}
+
 // How two softmaxes become one: the weights of each under their common maximum (Milakov and Gimelshein 2018, arXiv 1805.02867).
 struct Join {
   Floats maximum, old_weight, new_weight;

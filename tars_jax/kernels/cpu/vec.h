@@ -315,6 +315,18 @@ TARS_INLINE Ints round_bf16(Floats a) {
   return select(nan, splat(0x7fc0), rounded);
 }
 
+// Neighbours as the two bfloat16 of an element; `dot_pairs` adds the products of two such.
+TARS_INLINE Floats pair_bf16(Floats low, Floats high) { return as_floats(round_bf16(low) | shift_left<16>(round_bf16(high))); }
+
+#if defined(__AVX512F__)
+inline bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+TARS_INLINE Floats dot_pairs(Floats a, Floats b, Floats sum) {
+  __m512 out = (__m512)sum.part[0];
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(out) : "v"((__m512)a.part[0]), "v"((__m512)b.part[0]));  // an intrinsic would ask for its own target
+  return {{(FloatPart)out}};
+}
+#endif
+
 inline uint16_t to_f16_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
