@@ -132,7 +132,12 @@ VARIABLES = (
     Variable("OLLAMA_NUM_PARALLEL", "num_parallel", _unsigned, "requests decoded together (default: the engine's)"),
     Variable("OLLAMA_MAX_LOADED_MODELS", "max_loaded_models", _unsigned, "models in memory at once (default 3)"),
     Variable("OLLAMA_MAX_QUEUE", "max_queue", _unsigned, "waiting requests before new ones are refused (default 512)"),
-    Variable("OLLAMA_KV_CACHE_TYPE", "cache_dtype", _cache_type, "numbers of the KV cache: f16 (default), bf16, f32, q8_0"),
+    Variable(
+        "OLLAMA_KV_CACHE_TYPE",
+        "cache_dtype",
+        _cache_type,
+        "numbers of the KV cache: f16, bf16, f32, q8_0 (default: bf16 if the CPU has it, else f16)",
+    ),
     Variable("OLLAMA_ORIGINS", "origins", _list, "comma-separated origins allowed besides local ones"),
     Variable("TARS_PREFIX_CACHE", "prefix_bytes", parse_size, "disk for read prompts of unloaded models, in TARS_CACHE (default 0: off)"),
     Variable("TARS_PROMPT_LOOKUP", "prompt_lookup", _boolean, "guess tokens by what followed the same ones earlier (default on)"),
@@ -162,7 +167,7 @@ class Settings:
     max_loaded_models: int = 3
     max_queue: int = 512
     origins: tuple[str, ...] = ()
-    cache_dtype: str = "float16"
+    cache_dtype: str = ""
     prefix_bytes: int = 0
     prompt_lookup: bool | None = None  # this and the next: None is what ``tuned`` or the engine says
     inter_token_ms: int | None = None

@@ -86,7 +86,7 @@ class EngineConfig:
     max_step_tokens: int = 512  # tokens of one step, prefill chunks and decodes together
     page_size: int = 16  # tokens of a KV page
     cache_tokens: int = 0  # tokens the KV pool holds; 0: from free memory, at most max_rows * max_context
-    cache_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    cache_dtype: Literal["", "float16", "bfloat16", "float32", "int8"] = ""  # "": bfloat16 on a CPU that multiplies it, else float16
     max_queue: int = 512  # waiting requests before new ones are refused
     kept_tokens: int = 0  # tokens whose pages are kept for reuse when no request holds them; 0: two contexts on a CPU, all on a GPU
     prefix_cache: bool = True  # keep finished requests' pages for others that begin with the same tokens

@@ -106,7 +106,9 @@ def activations_nbytes(config: ModelConfig, engine: EngineConfig, shards: int = 
     logits at a time (as XLA reports it)."""
     local = sharding.local_config(config, shards)
     queries, keys = local.num_heads * config.head_dim, local.num_kv_heads * config.head_dim
-    block = engine.max_step_tokens * (4 * config.hidden_size + max(2 * local.intermediate_size, 3 * queries + 2 * keys))
+    block = engine.max_step_tokens * (
+        4 * config.hidden_size + 2 * config.head_dim + max(2 * local.intermediate_size, 3 * queries + 2 * keys)
+    )
     sampling = 10 * min(engine.max_rows, engine.max_step_tokens) * config.vocab_size
     return 4 * (max(block, sampling) + engine.max_rows * served_context(config, engine))
 
@@ -115,7 +117,7 @@ def make_plan(config: ModelConfig, engine: EngineConfig, weights: int, *, runtim
     """The plan of a model whose weights take that many bytes on each device. A ``draft`` model has its keys and values in the same
     pages."""
     shards = engine.tensor_parallel
-    caches = [cache_nbytes_per_token(model, engine.cache_dtype, shards) for model in (config, draft) if model]
+    caches = [cache_nbytes_per_token(model, engine.cache_dtype or "float16", shards) for model in (config, draft) if model]
     return MemoryPlan(
         weights=weights,
         cache_per_token=sum(caches),

@@ -361,7 +361,7 @@ def check_attention(
     q = jnp.asarray(rng.normal(size=(len(batch.positions), heads[0], dim)), jnp.float32)
     result = np.asarray(kernels.attention(q, k, v, batch, scale=dim**-0.5, window=window, softcap=softcap))
     expected = ragged_attention(q, k, v, batch, scale=dim**-0.5, window=window, softcap=softcap)
-    np.testing.assert_allclose(result, expected, atol=2e-2 if dtype == "bfloat16" else 2e-5)  # some processors round queries and weights too
+    np.testing.assert_allclose(result, expected, atol=2e-2 if dtype == "bfloat16" else 2e-5)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (3, 1), (10, 2), (40, 1)], ids=str)

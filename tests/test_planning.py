@@ -17,7 +17,7 @@ from tars_jax.engine.runner import Runner
 from tars_jax.engine.sizing import resolve
 from tars_jax.engine.step import init_state
 from tars_jax.errors import InvalidRequest, NotEnoughMemory
-from tars_jax.kernels import pack_tiles
+from tars_jax.kernels import native, pack_tiles
 from tars_jax.loaders.blocks import TYPES, data_size, decode
 from tars_jax.loaders.opening import ModelFile, choose_form
 from tars_jax.loaders.params import WeightForm, _to_weight, stored_as
@@ -79,6 +79,19 @@ def test_a_tied_embedding_counts_once() -> None:
 def test_the_cache_takes_what_is_planned(dtype: Any) -> None:
     engine = EngineConfig(cache_dtype=dtype, cache_tokens=320 - 16, max_context=64)  # and page 0
     assert nbytes(init_state(CONFIG, engine).cache) == 320 * planning.cache_nbytes_per_token(CONFIG, dtype)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_the_cache_holds_what_the_processor_multiplies(isa: str) -> None:
+    before = native.isa()
+    if not native.use_isa(isa):
+        pytest.skip(f"no {isa} here")
+    chosen = resolve(EngineConfig(), tiny_model()).cache_dtype
+    fits = {"bfloat16" if native.multiplies_bf16() else "float16"}
+    native.use_isa(before)
+    assert {chosen} == fits
+    assert isa == "avx512" or chosen == "float16"
+    assert resolve(EngineConfig(cache_dtype="float32"), tiny_model()).cache_dtype == "float32"
 
 
 def test_devices_share_the_cache() -> None:

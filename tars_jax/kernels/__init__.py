@@ -5,7 +5,7 @@ attention.py do the same, slower.
 """
 
 from tars_jax.kernels.calls import Block, attention, blocks, empty, gated, linear_add, norm_linear, rope_write
-from tars_jax.kernels.native import available, isa, unavailable_reason
+from tars_jax.kernels.native import available, isa, multiplies_bf16, unavailable_reason
 from tars_jax.kernels.tiled import DTYPES, Arena, Groups, Tiled, can_pack, pack_tiles, split_tiles, take_rows, tiles_nbytes, untile
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "gated",
     "isa",
     "linear_add",
+    "multiplies_bf16",
     "norm_linear",
     "pack_tiles",
     "rope_write",

@@ -52,6 +52,11 @@ def isa() -> str:
     return name.decode()
 
 
+def multiplies_bf16() -> bool:
+    """Whether the instruction set in use has products of bfloat16."""
+    return bool(get().tars_native_pairs())
+
+
 def use_isa(name: str) -> bool:
     """Switch every later call of this process to another instruction set; False if there is none of that name here."""
     return bool(get().tars_use_isa(name.encode()))

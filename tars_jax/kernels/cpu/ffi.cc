@@ -376,5 +376,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_take_rows, tars::take_rows,
                               Ffi::Bind().Arg<AnyBuffer>().Arg<Buffer<S32>>().Ret<Buffer<xla::ffi::F32>>().Attr<Int64s>("format"));
 
 extern "C" const char* tars_isa() { return tars::kernels().name; }
+extern "C" int tars_native_pairs() { return tars::kernels().native_pairs(); }
 extern "C" int tars_use_isa(const char* name) { return tars::use_kernels(name); }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_empty, tars::empty, Ffi::Bind().Ret<AnyBuffer>());
