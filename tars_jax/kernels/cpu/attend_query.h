@@ -12,6 +12,15 @@ TARS_INLINE void prefetch_token(const AttentionTask& t, const void* pages, int64
   for (int64_t at = 0, bytes = cache_bytes(t.cache_type, t.head_dim); at < bytes; at += 64) __builtin_prefetch(p + at);
 }
 
+// Brings a vector of the next task into the second-level cache, as far into its tokens as `token` is into this task's.
+TARS_INLINE void prefetch_next(const AttentionTask& t, const void* pages, int64_t token) {
+  if (!t.next) return;
+  const int64_t at = t.next->begin + token - t.begin;
+  if (at >= t.next->end) return;
+  const char* p = cached(*t.next, pages, at);
+  for (int64_t i = 0, bytes = cache_bytes(t.cache_type, t.head_dim); i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Sums of 16 vectors, one a lane.
 TARS_INLINE Floats sums16(const Floats* x) {
 #if defined(__AVX512F__)
@@ -67,6 +76,7 @@ static void score_few(const AttentionTask& t, const float* queries, Span span, i
       const int64_t token = span.base + at + i;
       prefetch_token(t, t.v_pages, token);  // wanted as soon as the scores are known
       if (at + i + kAhead < span.end) prefetch_token(t, t.k_pages, token + kAhead);
+      prefetch_next(t, t.k_pages, token);
       const char* k = cached(t, t.k_pages, token);
       for (int64_t d = 0; d < elements; d += kLanes) {
         const Floats x = Terms::template key<kType>(k, d, elements - d);
@@ -87,6 +97,8 @@ TARS_INLINE void values_few(const AttentionTask& t, Span span, int64_t d, const 
   for (int i = span.begin / Terms::kNumbers * Terms::kNumbers; i < span.end; i += Terms::kNumbers) {
     const char* vectors[Terms::kNumbers];
     find_values<Terms>(t, span, i, vectors);
+    if (d == 0)
+      for (int token = i; token < i + Terms::kNumbers; ++token) prefetch_next(t, t.v_pages, span.base + token);
     Floats w[kHeads];
     for (int h = 0; h < kHeads; ++h) w[h] = splat(weights[h * kSegment + i / Terms::kNumbers]);
     for (int v = 0; v < kVectors; ++v) {

@@ -79,13 +79,15 @@ void plan_attention(const Attention& a, AttentionPlan* out) {
     if (task.partial) task.partial = reinterpret_cast<float*>(base + reinterpret_cast<uintptr_t>(task.partial));
 }
 
-void add_attention(Stages& stages, const AttentionPlan& plan, const LayerPages& pages) {
-  stages.add(static_cast<int64_t>(plan.tasks.size()), [&plan, &pages](int64_t i) {
+void add_attention(Stages& stages, const AttentionPlan& plan, const LayerPages& pages, int threads) {
+  stages.add(static_cast<int64_t>(plan.tasks.size()), [&plan, &pages, threads](int64_t i) {
     static thread_local Scratch scratch;
     const Kernels& k = kernels();
     AttentionTask task = plan.tasks[i];
     task.k_pages = pages.k;
     task.v_pages = pages.v;
+    const size_t next = i + threads;
+    task.next = next < plan.tasks.size() ? &plan.tasks[next] : nullptr;
     k.attend(task, static_cast<float*>(scratch.get(attention_scratch(task.head_dim) * sizeof(float))));
     if (task.whole) k.merge(task, 1);
   });
@@ -99,8 +101,9 @@ void run_attention(Pool& pool, const Attention& a, const LayerPages& pages) {
   AttentionPlan plan;
   plan_attention(a, &plan);
   Stages stages;
-  add_attention(stages, plan, pages);
-  run_stages(pool, plan.macs > kWorthSharing ? pool.threads() : 1, std::move(stages));
+  const int threads = plan.macs > kWorthSharing ? pool.threads() : 1;
+  add_attention(stages, plan, pages, threads);
+  run_stages(pool, threads, std::move(stages));
 }
 
 namespace {

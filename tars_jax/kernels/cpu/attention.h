@@ -40,7 +40,7 @@ struct RopeWrite {
 };
 
 void plan_attention(const Attention& attention, AttentionPlan* plan);
-void add_attention(Stages& stages, const AttentionPlan& plan, const LayerPages& pages);
+void add_attention(Stages& stages, const AttentionPlan& plan, const LayerPages& pages, int threads);
 void add_rope_write(Stages& stages, const RopeWrite& write, const LayerPages& pages);
 
 void run_attention(Pool& pool, const Attention& attention, const LayerPages& pages);

@@ -80,7 +80,7 @@ class BlockRunner {
   void add_to(Stages& stages, const AttentionPlan& plan, int threads, char* memory) {
     project_.add_to(stages, threads, memory);
     add_rope_write(stages, write_, pages_);
-    add_attention(stages, plan, pages_);
+    add_attention(stages, plan, pages_, threads);
     output_.add_to(stages, threads, memory);
     widen_.add_to(stages, threads, memory);
     narrow_.add_to(stages, threads, memory);

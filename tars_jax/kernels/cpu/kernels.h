@@ -69,6 +69,7 @@ struct AttentionTask {
   void* out;       // [T, heads, head_dim] of q_type
   float* partial;  // of a single query, whose task is one segment: per head of the group: maximum, total, head_dim values
   bool whole;      // that segment is all there is
+  const AttentionTask* next = nullptr;  // what this thread will probably do next: a single query fetches that one's keys and values
 };
 
 struct RotateTask {
