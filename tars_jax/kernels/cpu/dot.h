@@ -2,7 +2,8 @@
 //
 // Two tiles share the reads of the activations: with 512-bit registers these, and not the multiplications, would set the pace.
 // One row reads memory as fast as the processor's own prefetcher lets it, and software prefetch costs it a fifth; several rows compute for
-// longer than that prefetcher looks ahead, and fetch the tiles that come next themselves.
+// longer than that prefetcher looks ahead, and fetch the tiles that come next themselves, into the second-level cache: what waits for
+// memory in the first level is what the loops wait for.
 // A row's result does not depend on how many rows run with it: each row has its own accumulator and the groups come in one order.
 #pragma once
 #include "vec.h"
@@ -74,7 +75,7 @@ class Fetcher {
   __attribute__((always_inline)) void reached(const uint8_t* const* tiles, int64_t at) {
     if (at != next_) return;
     for (int t = 0; t < kTiles; ++t)
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tiles[t] + ahead_.bytes + at + line);
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tiles[t] + ahead_.bytes + at + line, 0, 2);
     next_ += ahead_.turns * kBytes;
   }
 
@@ -225,29 +226,21 @@ struct PairBlock {
   template <int kTiles, int kRows>
   __attribute__((target("avx512bf16"))) static void rows(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const uint32_t* x,
                                                          float* const* out) {
-    __m512 total[kTiles][kRows][2];
+    __m512 total[kTiles][kRows];
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
-      TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r][0] = total[t][r][1] = _mm512_setzero_ps();
-    const int64_t end = blocks * kBytes;
-    int64_t at = 0;
-    Fetcher<kTiles, 2 * kBytes> fetcher(ahead);
-    for (; at + 2 * kBytes <= end; at += 2 * kBytes, x += 2 * kPanel) {
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = _mm512_setzero_ps();
+    Fetcher<kTiles, kBytes> fetcher(ahead);
+    for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += kPanel) {
       if constexpr (kRows >= kFetchingRows) fetcher.reached(tiles, at);
-      __m512bh w[kTiles][2];
-      TARS_UNROLL for (int t = 0; t < kTiles; ++t)
-        TARS_UNROLL for (int i = 0; i < 2; ++i) w[t][i] = (__m512bh)_mm512_loadu_si512(tiles[t] + at + i * kBytes);
-      TARS_UNROLL for (int i = 0; i < 2; ++i)
-        TARS_UNROLL for (int r = 0; r < kRows; ++r) {
-          const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[i * kPanel + r]);
-          TARS_UNROLL for (int t = 0; t < kTiles; ++t) total[t][r][i] = _mm512_dpbf16_ps(total[t][r][i], w[t][i], pair);
-        }
+      __m512bh w[kTiles];
+      TARS_UNROLL for (int t = 0; t < kTiles; ++t) w[t] = (__m512bh)_mm512_loadu_si512(tiles[t] + at);
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[r]);
+        TARS_UNROLL for (int t = 0; t < kTiles; ++t) total[t][r] = _mm512_dpbf16_ps(total[t][r], w[t], pair);
+      }
     }
-    TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
-      if (at < end)
-        TARS_UNROLL for (int r = 0; r < kRows; ++r)
-          total[t][r][0] = _mm512_dpbf16_ps(total[t][r][0], (__m512bh)_mm512_loadu_si512(tiles[t] + at), (__m512bh)_mm512_set1_epi32(x[r]));
-      TARS_UNROLL for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out[t] + r * kLanes, _mm512_add_ps(total[t][r][0], total[t][r][1]));
-    }
+    TARS_UNROLL for (int t = 0; t < kTiles; ++t)
+      TARS_UNROLL for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out[t] + r * kLanes, total[t][r]);
   }
 };
 #endif
@@ -309,7 +302,7 @@ static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
     return w.group == 32 ? pick_quantized<8, 32>(w) : pick_quantized<8, 16>(w);
   }
 #if defined(__AVX512F__)
-  if (pairs) return {dot<PairBlock, 1, kRowBlock, &Panel::pairs>, nullptr};  // one multiplication a cycle: there is time for the reads
+  if (pairs) return {dot<PairBlock, 1, kRowBlock, &Panel::pairs>, dot<PairBlock, 2, kRowBlock, &Panel::pairs>};
 #endif
   if (w.dtype == DType::kBF16) return dense<DType::kBF16>();
   return w.dtype == DType::kF16 ? dense<DType::kF16>() : dense<DType::kF32>();

@@ -9,6 +9,7 @@ constexpr int64_t kRowBlockPanels = 16;  // 128 rows: their quantised panels sta
 constexpr int64_t kLeastChunkBytes = 8 << 10;
 constexpr double kShareOfRound = 0.9;  // of the tiles that are left
 constexpr int64_t kFetchBytes = 1 << 10;  // at a time, of an operand
+constexpr int64_t kPairingRows = 3;  // from here on two tiles of an operand are multiplied at once: fewer rows want one long stream of memory
 constexpr int64_t kFewRows = 64, kRowsPerTask = 2;  // few rows are prepared two at a time, so that all threads have some
 constexpr double kWakeSeconds = 3e-6, kBytesPerSecond = 14e9, kMacsPerSecond = 100e9;  // of one thread, roughly
 
@@ -135,7 +136,7 @@ void ProductRunner::multiply(int64_t row_block, int64_t chunk) const {
   for (int64_t tile = chunks_[chunk], count; tile < chunks_[chunk + 1]; tile += count) {
     while (tile - before >= p_.operands[operand].format.tiles()) before += p_.operands[operand++].format.tiles();
     const int64_t left = std::min(chunks_[chunk + 1], before + p_.operands[operand].format.tiles()) - tile;
-    count = !p_.gated && dots_[operand].two && left >= 2 ? 2 : 1;
+    count = !p_.gated && p_.rows >= kPairingRows && dots_[operand].two && left >= 2 ? 2 : 1;
     multiply_tiles(row_block, operand, tile - before, count);
   }
 }
