@@ -32,17 +32,20 @@ class Interval(NamedTuple):
 Filter = Callable[[Interval, jax.Array, SampleRows], Interval]
 
 
-def draw_filtered(logits: jax.Array, rows: SampleRows, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [R] drawn from logits [R, V] after the rows' filters, and where mirostat stands then, [R]."""
+def draw_filtered(logits: jax.Array, rows: SampleRows, mu: jax.Array, *, plain: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 [R] drawn from logits [R, V] after the rows' filters, and where mirostat stands then, [R]. plain: all rows are, see
+    `rows.is_plain`."""
     z = blocks(logits)
-    interval = filtered(z, rows)
+    interval = filtered(z, rows, plain=plain)
+    if plain:
+        return _draw(interval, z, rows)[0], mu
     uses = rows.mirostat > 0
     interval = lax.cond(uses.any(), lambda: mirostat(interval, z, logits, rows, mu), lambda: interval)
     tokens, information = _draw(interval, z, rows)
     return tokens, jnp.where(uses, mu - rows.mirostat_eta * (information / LOG_2 - rows.mirostat_tau), mu)
 
 
-def filtered(z: jax.Array, rows: SampleRows) -> Interval:
+def filtered(z: jax.Array, rows: SampleRows, *, plain: bool = False) -> Interval:
     """What the rows' filters leave; at least the best token."""
     everything = jnp.full((z.shape[0], 1, 1), LOWEST)
     interval = Interval(everything, _max(z), jnp.where(rows.random, rows.temperature, 1.0)[:, None, None])
@@ -55,6 +58,8 @@ def filtered(z: jax.Array, rows: SampleRows) -> Interval:
         (rows.dynatemp_range > 0, _dynamic_temperature),
     ]
     for wanted, step in steps:
+        if plain and step not in _PLAIN:
+            continue
         interval = lax.cond(wanted.any(), step, lambda interval, *_: interval, interval, z, rows)
     return interval
 
@@ -163,6 +168,9 @@ def _dynamic_temperature(interval: Interval, z: jax.Array, rows: SampleRows) -> 
     low, high = jnp.maximum(temperature - reach, 0.0), temperature + reach
     dynamic = low + (high - low) * jnp.maximum(entropy / most, 0.0) ** rows.dynatemp_exponent[:, None, None]
     return interval._replace(temperature=jnp.where(reach > 0, jnp.maximum(dynamic, 1e-5), temperature))
+
+
+_PLAIN: tuple[Filter, ...] = (_top_k, _top_p, _min_p)
 
 
 def mirostat(interval: Interval, z: jax.Array, logits: jax.Array, rows: SampleRows, mu: jax.Array) -> Interval:

@@ -48,11 +48,9 @@ def pack_row(**numbers: float) -> np.ndarray:
 
 
 def is_plain(row: np.ndarray) -> bool:
-    """Whether a packed row wants no more than a temperature, a top-k up to `CANDIDATES`, top-p, min-p and penalties for repetition: most
-    do, and a program for these alone is a third of the whole."""
-    if any(row[column] != value for column, value in _UNUSED.items()):
-        return False
-    return bool(row[[COLUMN["temperature"]]].view(np.float32)[0] <= 0 or 0 < row[COLUMN["top_k"]] <= CANDIDATES)
+    """Whether a packed row wants no more than a temperature, top-k, top-p, min-p and penalties for repetition: most do, and a program
+    for these alone is a third of the whole."""
+    return all(row[column] == value for column, value in _UNUSED.items())
 
 
 _SPECIAL = (

@@ -38,19 +38,23 @@ def sample(logits: jax.Array, rows: SampleRows, table: jax.Array, mu: jax.Array,
     """
     mu = jnp.where(jnp.isnan(rows.mu), mu.at[rows.slot].get(mode="fill", fill_value=0.0), rows.mu)
     if plain:
-        return Sampled(_choose_plain(penalize(logits, rows, table), rows), *_no_logprobs(logits), mu)
+        tokens, _ = _choose(penalize(logits, rows, table), rows, mu, plain=True)
+        return Sampled(tokens, *_no_logprobs(logits), mu)
     tokens, mu = _choose(adjust(logits, rows, table), rows, mu)
     own, ids, top = lax.cond((rows.top_logprobs >= 0).any(), log_probabilities, lambda z, _: _no_logprobs(z), logits, tokens)
     return Sampled(tokens, own, ids, top, mu)
 
 
-def _choose(logits: jax.Array, rows: SampleRows, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _choose(logits: jax.Array, rows: SampleRows, mu: jax.Array, *, plain: bool = False) -> tuple[jax.Array, jax.Array]:
     """Tokens and where mirostat stands then. Greedy rows cost an argmax, rows with a small top-k a partial sort of few, others several
     passes over all logits; each way is taken only if some row needs it."""
-    tokens, wide = _choose_plain(logits, rows), rows.random & ~_narrow(rows)
+    narrow = _narrow(rows)
+    wide = rows.random & ~narrow
+    tokens = lax.cond((~rows.random).any(), argmax, lambda z: jnp.zeros(z.shape[0], jnp.int32), logits)
+    tokens = lax.cond(narrow.any(), lambda: jnp.where(narrow, _draw_few(logits, rows), tokens), lambda: tokens)
 
     def draw_wide() -> tuple[jax.Array, jax.Array]:
-        drawn, after = draw_filtered(logits, rows, mu)
+        drawn, after = draw_filtered(logits, rows, mu, plain=plain)
         return jnp.where(wide, drawn, tokens), jnp.where(wide, after, mu)
 
     return lax.cond(wide.any(), draw_wide, lambda: (tokens, mu))
@@ -58,13 +62,6 @@ def _choose(logits: jax.Array, rows: SampleRows, mu: jax.Array) -> tuple[jax.Arr
 
 def _narrow(rows: SampleRows) -> jax.Array:
     return rows.random & (rows.top_k > 0) & (rows.top_k <= CANDIDATES) & ~rows.special
-
-
-def _choose_plain(logits: jax.Array, rows: SampleRows) -> jax.Array:
-    """The tokens of greedy rows and of those with a small top-k."""
-    narrow = _narrow(rows)
-    tokens = lax.cond((~rows.random).any(), argmax, lambda z: jnp.zeros(z.shape[0], jnp.int32), logits)
-    return lax.cond(narrow.any(), lambda: jnp.where(narrow, _draw_few(logits, rows), tokens), lambda: tokens)
 
 
 def _draw_few(logits: jax.Array, rows: SampleRows) -> jax.Array:

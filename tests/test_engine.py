@@ -299,8 +299,8 @@ def test_penalties_see_the_tokens_that_were_cached(model: Any) -> None:
 MIXED = [
     GREEDY,
     PENALISED,
-    SamplingParams(max_tokens=23, temperature=0.9, top_k=20, seed=5),
     SamplingParams(max_tokens=17, temperature=0.7, top_k=5, min_p=0.1, seed=6, stop_token_ids=tuple(range(40, 60))),
+    SamplingParams(max_tokens=23, temperature=1.0, top_k=0, top_p=0.95, seed=5),
 ]
 
 
