@@ -249,7 +249,7 @@ def _prefill(engine: Engine, random: np.random.Generator, count: int) -> float:
 
 def _decode(engine: Engine, random: np.random.Generator, batch: int, count: int) -> float:
     """Total tokens per second while all ``batch`` streams are decoding: from the last one's first token to the first one's last."""
-    streams = [[at for at, output in stream if output.token_ids] for stream in _run(engine, random, batch, DECODE_PROMPT, count)]
+    streams = [[at for at, output in stream for _ in output.token_ids] for stream in _run(engine, random, batch, DECODE_PROMPT, count)]
     begin, end = max(times[0] for times in streams), min(times[-1] for times in streams)
     return sum(begin < at <= end for times in streams for at in times) / (end - begin)
 

@@ -13,7 +13,7 @@ from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.errors import InvalidRequest
 from tests.tiny import tiny_model
 
-CONFIG = EngineConfig(max_context=128, max_rows=4, max_step_tokens=32)
+CONFIG = EngineConfig(max_context=128, max_rows=4, max_step_tokens=32, cache_dtype="float16")
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 
 

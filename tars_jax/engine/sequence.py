@@ -206,10 +206,8 @@ class Sequence:
 
         Only the first was counted on: the others are as if the step had computed their guesses as known tokens.
         """
-        for accepted, token in enumerate(sampled):
-            self.append(token)
-            if self.finish_reason or accepted == len(guesses) or token.token_id != guesses[accepted]:
-                break
+        true = next((i for i, guess in enumerate(guesses) if sampled[i].token_id != guess), len(guesses))
+        accepted = max(self._take(sampled[: true + 1]) - 1, 0)
         self.length += accepted
         if guesses:
             self.guessed = 0
@@ -221,33 +219,43 @@ class Sequence:
 
     def take(self, sampled: SequenceOf[TokenLogprob]) -> int:
         """Take the tokens of several steps, up to its end; how many there were."""
-        for taken, token in enumerate(sampled):
-            if self.finish_reason is not None or token.token_id < 0:  # no such step took place
-                return taken
-            self.append(token)
-            if self.speculation is not None:
+        taken = self._take(sampled)
+        if self.speculation is not None:
+            for _ in range(taken):
                 self.speculation.judge(0, 0)
-        return len(sampled)
+        return taken
 
-    def append(self, logprob: TokenLogprob) -> None:
-        """Take a sampled token: text goes to the sink, and the sequence may end."""
-        token_id = logprob.token_id
-        self.tokens.append(token_id)
+    def _take(self, sampled: SequenceOf[TokenLogprob]) -> int:
+        """Take sampled tokens, up to its end; their text goes to the sink in one piece. How many there were."""
         if self.finish_reason is not None:
-            return
+            return 0
         self.first_token = self.first_token or time.monotonic()
-        if token_id in self._ends:
-            self.finish("stop")
-            return
-        if self.mask is not None and self.mask.constraint is not None:
-            self.mask.constraint.consume(token_id)
-        text, stopped = self._stops.push(self._text.push(token_id), stops=self.produced >= self.params.min_tokens)
-        logprobs = (logprob,) if self.params.logprobs else ()
-        self.request.sink(Output(index=self.index, text=text, token_ids=(token_id,), logprobs=logprobs))
-        if stopped:
-            self.finish("stop", flush=False)
-        elif self.produced >= self.max_tokens:
-            self.finish("length")
+        text, shown, flush = "", list[TokenLogprob](), True
+        reason: FinishReason | None = None
+        before = len(self.tokens)
+        for token in sampled:
+            self.tokens.append(token.token_id)
+            if token.token_id in self._ends:
+                reason = "stop"
+                break
+            shown.append(token)
+            if self.mask is not None and self.mask.constraint is not None:
+                self.mask.constraint.consume(token.token_id)
+            piece, stopped = self._stops.push(self._text.push(token.token_id), stops=self.produced >= self.params.min_tokens)
+            text += piece
+            if stopped:
+                reason, flush = "stop", False
+                break
+            if self.produced >= self.max_tokens:
+                reason = "length"
+                break
+        if shown:
+            logprobs = tuple(shown) if self.params.logprobs else ()
+            self.request.sink(Output(index=self.index, text=text, token_ids=tuple(token.token_id for token in shown), logprobs=logprobs))
+        taken = len(self.tokens) - before
+        if reason is not None:
+            self.finish(reason, flush=flush)
+        return taken
 
     def finish(self, reason: FinishReason, *, flush: bool = True, error: str | None = None) -> None:
         """End the request, once: the last output carries the reason and the usage."""

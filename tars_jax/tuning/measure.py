@@ -123,8 +123,7 @@ def run(engine: Engine, load: Load, seed: int) -> Measurement:
         number, at, output = arrivals.get()
         if output.error:
             raise TarsError(f"a request failed while the engine was measured: {output.error}")
-        if output.token_ids:
-            times[number].append(at)
+        times[number] += [at] * len(output.token_ids)
         if output.finish_reason:
             running -= 1
             if waiting:

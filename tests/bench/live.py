@@ -4,7 +4,7 @@
 
 The server runs in this process, its clients in another. A round is: nobody searches ("alone"), a job ("preparing", "searching", and "swap",
 the second before and after each change of weights), its result served ("improved"), and back to the file's weights ("alone" again). A
-phase's ratio is its mean gap (tokens come in runs) over that of the round's own two "alone" phases. ``--cold``: a job finds no compiled
+phase's ratio is its seconds a letter (a piece has one or more tokens) over those of the round's own two "alone" phases. ``--cold``: a job finds no compiled
 programs, and is stopped after the seconds of a phase, so that all of its time is spent on compiling (what earlier rounds have compiled
 stays).
 """
@@ -39,7 +39,7 @@ PROMPT = "Write a long story about a lighthouse keeper who finds a map."
 SWAP = 1.0  # seconds before and after a change of weights
 PHASES = ("alone", "preparing", "searching", "swap", "improved")
 
-Gap = tuple[float, float]  # when a token came (time.perf_counter), and how long after the one before it
+Gap = tuple[float, float, int]  # when a piece came (time.perf_counter), how long after the one before it, and its letters
 
 
 def talk(url: str, model: str, number: int, done: threading.Event, gaps: list[Gap], ended: list[bool]) -> None:
@@ -55,7 +55,7 @@ def talk(url: str, model: str, number: int, done: threading.Event, gaps: list[Ga
                 for line in answer.iter_lines():
                     now, chunk = time.perf_counter(), json.loads(line)
                     if last is not None and not chunk.get("done"):
-                        gaps.append((now, now - last))
+                        gaps.append((now, now - last, len(chunk["response"])))
                     last = now
             ended.append(bool(chunk.get("done")))
 
@@ -84,14 +84,14 @@ class Clock:
         if not self.changes or self.changes[-1][1:] != (number, phase):
             self.changes.append((time.perf_counter(), number, phase))
 
-    def sort(self, gaps: list[Gap]) -> dict[tuple[int, str], list[float]]:
-        """Gaps in seconds by round and phase."""
-        found: dict[tuple[int, str], list[float]] = {}
-        for at, gap in gaps:
+    def sort(self, gaps: list[Gap]) -> dict[tuple[int, str], list[tuple[float, int]]]:
+        """Gaps in seconds and letters by round and phase."""
+        found: dict[tuple[int, str], list[tuple[float, int]]] = {}
+        for at, gap, letters in gaps:
             number, phase = next(((n, p) for start, n, p in reversed(self.changes) if start <= at), (-1, ""))
             if any(abs(at - swap) < SWAP for swap in self.swaps):
                 phase = "swap"
-            found.setdefault((number, phase), []).append(gap)
+            found.setdefault((number, phase), []).append((gap, letters))
         return found
 
 
@@ -142,17 +142,21 @@ def forget_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
 
 
-def report(found: dict[tuple[int, str], list[float]], rounds: int) -> None:
+def per_letter(gaps: list[tuple[float, int]]) -> float:
+    return sum(gap for gap, _ in gaps) / max(sum(letters for _, letters in gaps), 1)
+
+
+def report(found: dict[tuple[int, str], list[tuple[float, int]]], rounds: int) -> None:
     for phase in PHASES:
         gaps = sorted(itertools.chain(*(found.get((n, phase), []) for n in range(rounds))))
         if len(gaps) < 20:
             continue
         there = [n for n in range(rounds) if found.get((n, phase))]
-        means = [statistics.fmean(found[n, phase]) / statistics.fmean(found[n, "alone"]) for n in there]
-        p50, p90, p99 = (1e3 * gaps[int(len(gaps) * share)] for share in (0.5, 0.9, 0.99))
+        means = [per_letter(found[n, phase]) / per_letter(found[n, "alone"]) for n in there]
+        p50, p90, p99 = (1e3 * gaps[int(len(gaps) * share)][0] for share in (0.5, 0.9, 0.99))
         ratio = f"{statistics.median(means):.3f} ({min(means):.3f}-{max(means):.3f})"
-        mean = 1e3 * statistics.fmean(gaps)
-        print(f"{phase:10} tokens {len(gaps):6}  ms p50 {p50:6.1f}  p90 {p90:6.1f}  p99 {p99:6.1f}  mean {mean:6.1f}  / alone {ratio}")
+        mean = 1e3 * per_letter(gaps)
+        print(f"{phase:10} pieces {len(gaps):6}  ms p50 {p50:6.1f}  p90 {p90:6.1f}  p99 {p99:6.1f}  a letter {mean:6.2f}  / alone {ratio}")
 
 
 def main() -> None:
