@@ -4,9 +4,9 @@
 
 The server runs in this process, its clients in another. A round is: nobody searches ("alone"), a job ("preparing", "searching", and "swap",
 the second before and after each change of weights), its result served ("improved"), and back to the file's weights ("alone" again). A
-phase's ratio is its seconds a letter (a piece has one or more tokens) over those of the round's own two "alone" phases. ``--cold``: a job finds no compiled
-programs, and is stopped after the seconds of a phase, so that all of its time is spent on compiling (what earlier rounds have compiled
-stays).
+phase's ratio is its seconds a letter (a piece has one or more tokens) over those of the round's own two "alone" phases. ``--cold``: a job
+finds no compiled programs, and is stopped after the seconds of a phase, so that all of its time is spent on compiling (what earlier rounds
+have compiled stays).
 """
 
 import argparse
