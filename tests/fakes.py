@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import struct
 import threading
@@ -82,22 +83,29 @@ class FakeEngine:
         self.counted: dict[str, Any] = {}  # further numbers of its stats
         self.is_closed = False
         self._threads: list[threading.Thread] = []
+        self._running: set[int] = set()
 
     def submit(self, request: Request) -> None:
         if len(request.prompt_ids) >= self.config.max_context:
             raise ContextOverflow(f"the prompt is {len(request.prompt_ids)} tokens long, but the context is {self.config.max_context}")
         self.requests.append(request)
+        self._running.add(request.id)
+        request = dataclasses.replace(request, sink=functools.partial(self._sink, request))
         thread = threading.Thread(target=self._say, args=(request,))
         self._threads.append(thread)
         thread.start()
+
+    def _sink(self, request: Request, output: Output) -> None:
+        if output.finish_reason:
+            self._running.discard(request.id)  # before whoever waits for the end looks
+        request.sink(output)
 
     def cancel(self, request_id: int) -> None:
         self.cancelled.add(request_id)
 
     def stats(self) -> Any:
-        running = sum(thread.is_alive() for thread in self._threads)
         return EngineStats(
-            running=running,
+            running=len(self._running),
             waiting=0,
             num_pages=11,
             free_pages=8,

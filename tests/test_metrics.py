@@ -86,6 +86,15 @@ def test_the_meter_counts_steps_and_compilations() -> None:
     assert numbers["prompt_tokens"] == 38  # of 38
 
 
+def test_how_long_a_step_takes_is_not_learned_from_one_that_compiled() -> None:
+    meter = Meter()
+    meter.compiled(3.0)
+    meter.step((span(0, 4),), 4, sent=time.perf_counter() - 3)
+    assert meter.times.predict(4) == 0
+    seconds = meter.step((span(4, 1),), 4, sent=0.0)
+    assert meter.times.predict(4) == seconds < 1
+
+
 def test_an_engine_counts_its_steps() -> None:
     engine = Engine(tiny_model(), EngineConfig(max_context=128, max_rows=4, max_step_tokens=32))
     list(engine.generate("hello" * 10, SamplingParams(max_tokens=5, temperature=0)))

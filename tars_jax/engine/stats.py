@@ -77,6 +77,7 @@ class Meter:
         self.times = StepTimes()
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._last_read = 0.0  # seconds, time.perf_counter()
+        self._known = 0  # compilations when a step was last read
         self.seconds, self.tokens, self.rows = Distribution(SECONDS), Distribution(TOKENS), Distribution(ROWS)
         self.compilations, self.compile_seconds = 0, 0.0
         self._lock = threading.Lock()  # programs are compiled in several threads
@@ -87,8 +88,10 @@ class Meter:
         seconds = now - max(sent, self._last_read)
         self._last_read = now
         tokens = sum(span.tokens for span in plan)
+        was_disturbed, self._known = self.compilations != self._known, self.compilations
         for _ in range(steps):
-            self.times.observe(bucket, seconds / steps)
+            if not was_disturbed:  # by a compilation: the next one will not take so long
+                self.times.observe(bucket, seconds / steps)
             self.seconds.observe(seconds / steps)
             self.tokens.observe(tokens)
             self.rows.observe(len(plan))
