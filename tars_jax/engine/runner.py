@@ -27,6 +27,7 @@ from tars_jax.model import Decoder
 from tars_jax.quant import LowRank
 
 SCORED = 64  # tokens of a prompt scored at once
+COMMON_ROWS = 16  # samplers of more are loaded when they are wanted: each takes 10 MB
 STRUCTURES = 4  # of weights, whose programs are kept: those of the file, of a version with an adapter, ...
 
 
@@ -96,8 +97,10 @@ class Runner:
         """Compile in the background: the step of one token, and ``everything`` else that may hold up a request after it."""
         self._ahead = buckets(self._config) if everything else [1]
         rows, compiled = sorted({self._rows(bucket) for bucket in self._ahead}), self._weights.compiled
+        common, rare = [(count, False) for count in rows if count <= COMMON_ROWS], [(count, True) for count in rows]
+        rare += [(count, False) for count in rows if count > COMMON_ROWS]
         compiled.steps.prepare(self._ahead)
-        compiled.samplers.prepare([(count, False) for count in rows], rare=[(count, True) for count in rows] if everything else [])
+        compiled.samplers.prepare(common, rare=rare if everything else [])
         if everything:
             self._histories.prepare([self._config.max_context])
 
