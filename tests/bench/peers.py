@@ -108,7 +108,8 @@ class Tars:
 
         from tars_jax import Engine, EngineConfig, load
 
-        self.engine = Engine(load(path), EngineConfig(max_context=1024, max_rows=16, prompt_lookup=False))
+        self.engine = Engine(load(path), EngineConfig(max_context=1024, max_rows=16, prompt_lookup=False), warm_up=True)
+        self.engine.settle()  # requests come in groups of any size, and a size that is new would be compiled while it is timed
         self.random = np.random.default_rng(0)
 
     def prefill(self) -> float:
