@@ -116,7 +116,7 @@ def activations_nbytes(config: ModelConfig, engine: EngineConfig, shards: int = 
 def make_plan(config: ModelConfig, engine: EngineConfig, weights: int, *, runtime: int = 0, draft: ModelConfig | None = None) -> MemoryPlan:
     """The plan of a model whose weights take that many bytes on each device. A ``draft`` model has its keys and values in the same
     pages."""
-    shards = engine.tensor_parallel
+    shards = engine.tensor_parallel  # the type that an engine chooses itself has 16 bits
     caches = [cache_nbytes_per_token(model, engine.cache_dtype or "float16", shards) for model in (config, draft) if model]
     return MemoryPlan(
         weights=weights,

@@ -49,7 +49,7 @@ def pack_row(**numbers: float) -> np.ndarray:
 
 def is_plain(row: np.ndarray) -> bool:
     """Whether a packed row wants no more than a temperature, top-k, top-p, min-p and penalties for repetition: most do, and a program
-    for these alone is a third of the whole."""
+    for these alone is half of the whole."""
     return all(row[column] == value for column, value in _UNUSED.items())
 
 

@@ -305,6 +305,20 @@ MIXED = [
 
 
 @pytest.mark.usefixtures("eager_runs")
+def test_the_tokens_of_a_run_come_in_one_piece_that_ends_before_a_stop_string(model: Any) -> None:
+    engine = Engine(model, PATIENT)
+    long = dataclasses.replace(GREEDY, max_tokens=60)
+    finish(start(engine, "hello", long))
+    engine.settle()  # the program of several decodes is there
+    outputs = finish(start(engine, "hello", long))
+    whole = "".join(output.text for output in outputs)
+    assert max(len(output.token_ids) for output in outputs) > 1
+    stop = whole[20:23]
+    assert text(engine, "hello", dataclasses.replace(long, stop=(stop,))) == whole[: whole.index(stop)]
+    engine.close()
+
+
+@pytest.mark.usefixtures("eager_runs")
 def test_several_decodes_in_one_program_change_no_answer(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     decode = Runner.decode

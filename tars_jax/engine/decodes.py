@@ -80,17 +80,21 @@ def run_decodes(
         ended |= (sampled.tokens[:, None] == ends).any(axis=1)
         return i + 1, ended, dataclasses.replace(state, tokens=tokens), out.at[i].set(pack(sampled, read))
 
-    known = state.tokens.at[slots, ragged.positions].get(mode="fill", fill_value=0)
-    first = jnp.where(ragged.tokens == FROM_DEVICE, known, ragged.tokens)
-    state = dataclasses.replace(state, tokens=state.tokens.at[slots, ragged.positions].set(first, mode="drop"))
+    state = dataclasses.replace(state, tokens=_with_known(state.tokens, slots, ragged))
     is_unread = ragged.tokens[: layout.rows] == FROM_DEVICE  # one that the host knows has ended nothing: it may be a prompt's
     ended = (rows.slot >= max_rows) | is_unread & (_last_tokens(state.tokens, rows, 0)[:, None] == ends).any(axis=1)
     out = jnp.full((MOST_STEPS, layout.rows, output_width()), -1, jnp.int32)
     taken, _, state, out = jax.lax.while_loop(has_work, step, (jnp.int32(0), ended, state, out))
     # Where the next program, which was perhaps sent already, looks for the last token it finds that all have ended.
-    missing = jnp.where(taken < steps, rows.slot, max_rows)
-    tokens = state.tokens.at[missing, rows.length + steps - 1].set(ends[:, 0], mode="drop")
-    return dataclasses.replace(state, tokens=tokens), out
+    missing = jnp.where(taken < steps, rows.slot, max_rows), rows.length + steps - 1
+    return dataclasses.replace(state, tokens=state.tokens.at[missing].set(ends[:, 0], mode="drop")), out
+
+
+def _with_known(table: jax.Array, slots: jax.Array, ragged: RaggedBatch) -> jax.Array:
+    """The token table with a batch's tokens, as far as the host knows them."""
+    there = table.at[slots, ragged.positions].get(mode="fill", fill_value=0)
+    tokens = jnp.where(ragged.tokens == FROM_DEVICE, there, ragged.tokens)
+    return table.at[slots, ragged.positions].set(tokens, mode="drop")
 
 
 def _later(ragged: RaggedBatch, steps: jax.Array) -> RaggedBatch:

@@ -279,9 +279,8 @@ class Engine:
         return step if any(span.sequence.awaits_mask for span in plan) else self._sample(step)
 
     def _sample(self, step: InFlight) -> InFlight:
-        samples = any(span.samples for span in step.plan)
         assert step.last is not None
-        return step._replace(out=self._runner.sample(step.plan, step.last)) if samples else step
+        return step._replace(out=self._runner.sample(step.plan, step.last)) if step.samples else step
 
     def _commit(self) -> None:
         assert self._in_flight is not None
@@ -290,16 +289,13 @@ class Engine:
         out = None if step.out is None else np.asarray(step.out)
         if out is not None and step.is_run:
             return self._take_run(step, out)
-        assert step.last is not None
-        assert step.hidden is not None
-        step.last.block_until_ready()  # where nothing is sampled
+        hidden = step.wait()
         self._measure(step, 1)
         rows = iter(() if out is None else out)
         at = 0  # of a span's tokens in the step
         for span in step.plan:
-            sequence = span.sequence
-            if sequence.wants_prompt_logprobs:
-                sequence.score(span.start + 1, self._runner.score(step.hidden, at, span))
+            if span.sequence.wants_prompt_logprobs:
+                span.sequence.score(span.start + 1, self._runner.score(hidden, at, span))
             at += span.tokens
             if span.samples:
                 self._take(span, [next(rows) for _ in range(1 + len(span.guesses))])

@@ -20,3 +20,15 @@ class InFlight(NamedTuple):
     @property
     def is_run(self) -> bool:
         return self.last is None
+
+    @property
+    def samples(self) -> bool:
+        """Whether some of its tokens are followed by a sampled one."""
+        return any(span.samples for span in self.plan)
+
+    def wait(self) -> jax.Array:
+        """The last layer's states of a step, when it is done: it may be one that samples nothing."""
+        assert self.last is not None
+        assert self.hidden is not None
+        self.last.block_until_ready()
+        return self.hidden

@@ -156,7 +156,8 @@ def make_batch(rows: int, new: int, cached: int) -> RaggedBatch:
 
 def make_pages(batch: RaggedBatch, layers: int) -> list[tuple[jax.Array, jax.Array]]:
     shape = (int(batch.page_tables.max()) + 1, KV_HEADS, PAGE, HD)
-    return [(jnp.ones(shape, jnp.float16), jnp.ones(shape, jnp.float16)) for _ in range(layers)]
+    dtype = jnp.bfloat16 if kernels.multiplies_bf16() else jnp.float16  # as an engine's
+    return [(jnp.ones(shape, dtype), jnp.ones(shape, dtype)) for _ in range(layers)]
 
 
 def bench_attention(cases: Sequence[tuple[int, int, int]]) -> None:
