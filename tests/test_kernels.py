@@ -31,7 +31,7 @@ ROWS = (0, 1, 2, 3, 7, 16, 17, 33, 130)
 EPS = 1e-5
 
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("amx", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(params=ISAS, autouse=True)

@@ -31,9 +31,12 @@ SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libtars_cpu.so"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi")
 # Flags of single files. The portable path is a fallback: -O2 halves its compile time.
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 X86_FLAGS: dict[str, tuple[str, ...]] = {
-    "isa_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
-    "isa_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
+    "isa_avx2.cc": AVX2,
+    "isa_avx512.cc": AVX512,
+    "isa_amx.cc": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 FILE_FLAGS: dict[str, tuple[str, ...]] = {"isa_portable.cc": ("-O2",)}
 COMPILE_JOBS = 2

@@ -9,7 +9,7 @@ namespace {
 
 // The kernels of that name, null if this build or processor has none.
 const Kernels* find(std::string_view name) {
-  for (const Kernels* k : {avx512_kernels(), avx2_kernels(), &portable_kernels()})
+  for (const Kernels* k : {amx_kernels(), avx512_kernels(), avx2_kernels(), &portable_kernels()})
     if (k && name == k->name) return k;
   return nullptr;
 }
@@ -17,7 +17,7 @@ const Kernels* find(std::string_view name) {
 const Kernels* best() {
   const char* forced = std::getenv("TARS_CPU_ISA");
   if (const Kernels* k = find(forced ? forced : "")) return k;
-  for (const Kernels* k : {avx512_kernels(), avx2_kernels()})
+  for (const Kernels* k : {amx_kernels(), avx512_kernels(), avx2_kernels()})
     if (k) return k;
   return &portable_kernels();
 }

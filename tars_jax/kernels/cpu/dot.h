@@ -6,7 +6,7 @@
 // memory in the first level is what the loops wait for.
 // A row's result does not depend on how many rows run with it: each row has its own accumulator and the groups come in one order.
 #pragma once
-#include "vec.h"
+#include "rows.h"
 
 namespace tars::TARS_ISA {
 
@@ -68,15 +68,15 @@ TARS_INLINE Ints add_pairs(Ints acc, Ints) { return acc; }
 constexpr int kFetchingRows = 4;
 
 // Fetches this turn's blocks, at their time.
-template <int kTiles, int kBytes>
+template <int kTiles>
 class Fetcher {
  public:
-  __attribute__((always_inline)) explicit Fetcher(const Ahead& ahead) : ahead_(ahead), next_(ahead.turn * kBytes) {}
-  __attribute__((always_inline)) void reached(const uint8_t* const* tiles, int64_t at) {
-    if (at != next_) return;
+  __attribute__((always_inline)) explicit Fetcher(const Ahead& ahead) : ahead_(ahead), next_(ahead.turn) {}
+  __attribute__((always_inline)) void reached(int64_t block) {
+    if (block != next_) return;
     for (int t = 0; t < kTiles; ++t)
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(tiles[t] + ahead_.bytes + at + line, 0, 2);
-    next_ += ahead_.turns * kBytes;
+      for (int64_t at = block * ahead_.block_bytes, end = at + ahead_.block_bytes; at < end; at += 64) __builtin_prefetch(ahead_.tiles[t] + at, 0, 2);
+    next_ += ahead_.turns;
   }
 
  private:
@@ -146,13 +146,6 @@ struct QuantizedBlock {
     }
   }
 
-  // The activations' part of what the minima add: the sum over one weight group.
-  TARS_INLINE float group_sum(const ActivationGroup& x, int half) {
-    if constexpr (kHalves == 1) return x.sum;
-    float low = static_cast<float>(x.minus8_low) * -0.125f * x.scale;
-    return half == 0 ? low : x.sum - low;
-  }
-
   template <int kTiles, int kRows>
   TARS_INLINE void add_block(const uint8_t* const* tiles, int64_t at, const ActivationGroup* x, Floats (*total)[kRows]) {
     TARS_UNROLL for (int half = 0; half < kHalves; ++half) {
@@ -164,7 +157,7 @@ struct QuantizedBlock {
         TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = fma(to_floats(acc[t][r]) * splat(x[r].scale), scale, total[t][r]);
         if constexpr (kAffine) {
           Floats min = load_as(kType, scales + kHalves * kScaleBytes);
-          TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = fma(splat(group_sum(x[r], half)), min, total[t][r]);
+          TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = fma(splat(group_sum<kHalves>(x[r], half)), min, total[t][r]);
         }
       }
     }
@@ -175,9 +168,9 @@ struct QuantizedBlock {
     Floats total[kTiles][kRows];
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = splat(0.0f);
-    Fetcher<kTiles, kBytes> fetcher(ahead);
+    Fetcher<kTiles> fetcher({{ahead.tiles[0], ahead.tiles[1]}, kBytes, ahead.turn, ahead.turns});
     for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetcher.reached(tiles, at);
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(at / kBytes);
       add_block<kTiles, kRows>(tiles, at, x, total);
     }
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
@@ -195,9 +188,9 @@ struct DenseBlock {
     Floats even[kTiles][kRows], odd[kTiles][kRows];
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) even[t][r] = odd[t][r] = splat(0.0f);
-    Fetcher<kTiles, kBytes> fetcher(ahead);
+    Fetcher<kTiles> fetcher({{ahead.tiles[0], ahead.tiles[1]}, kBytes, ahead.turn, ahead.turns});
     for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += 2 * kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetcher.reached(tiles, at);
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(at / kBytes);
       TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
         const uint8_t* block = tiles[t] + at;
         Floats w0, w1;
@@ -229,9 +222,9 @@ struct PairBlock {
     __m512 total[kTiles][kRows];
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = _mm512_setzero_ps();
-    Fetcher<kTiles, kBytes> fetcher(ahead);
+    Fetcher<kTiles> fetcher({{ahead.tiles[0], ahead.tiles[1]}, kBytes, ahead.turn, ahead.turns});
     for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetcher.reached(tiles, at);
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(at / kBytes);
       __m512bh w[kTiles];
       TARS_UNROLL for (int t = 0; t < kTiles; ++t) w[t] = (__m512bh)_mm512_loadu_si512(tiles[t] + at);
       TARS_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -254,7 +247,7 @@ TARS_INLINE void row_by_row(const uint8_t* const* tiles, int64_t blocks, const A
   const auto run = [&](auto function, int r) {
     float* at[kTiles];
     for (int t = 0; t < kTiles; ++t) at[t] = out[t] + r * kLanes;
-    function(tiles, blocks, {ahead.bytes, ahead.turn * parts + r / kMost, ahead.turns * parts}, x + r, at);
+    function(tiles, blocks, {{ahead.tiles[0], ahead.tiles[1]}, ahead.block_bytes, ahead.turn * parts + r / kMost, ahead.turns * parts}, x + r, at);
   };
   int r = 0;
   for (; rows - r >= kMost; r += kMost) run(Block::template rows<kTiles, kMost>, r);
@@ -294,7 +287,7 @@ static Dot pick_quantized(const Format& w) {
   return w.dtype == DType::kF16 ? quantized<kBits, kWeightGroup, false, DType::kF16>() : quantized<kBits, kWeightGroup, false, DType::kF32>();
 }
 
-static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs) {
+static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs, int64_t) {
   if (w.quantized()) {
     if (w.bits == 4) return w.group == 32 ? pick_quantized<4, 32>(w) : pick_quantized<4, 16>(w);
     if (w.bits == 5) return pick_quantized<5, 32>(w);

@@ -5,7 +5,7 @@
 namespace tars {
 
 constexpr int kLanes = 16;  // outputs of a weight tile: one 512-bit accumulator
-constexpr int kPanel = 8;   // activation rows handled together: what fits in registers beside their accumulators
+constexpr int kMostPanel = 16;  // activation rows handled together, at most: each instruction set has its own kPanel
 constexpr int kGroup = 32;  // inputs that share an activation scale
 constexpr int kQuad = 4;    // inputs one 8-bit dot instruction sums
 
@@ -64,11 +64,19 @@ struct ActivationGroup {
   int32_t minus8_low; // the same over the first 16 inputs
 };
 
-// Activations of up to 8 rows in the three forms weights may want; absent ones are null.
+// The same of 16 rows, as AMX takes it.
+struct ActivationTile {
+  int8_t codes[16][kGroup];
+  float scale[16];
+  float sums[3][16];  // scale * sum(codes), and of the first and the last 16 codes
+};
+
+// Activations of the rows of a panel in the four forms weights may want; absent ones are null.
 struct Panel {
-  const ActivationGroup* groups;  // [input groups][8]
-  const float* floats;            // [inputs, padded to even][8]
-  const uint32_t* pairs;          // bfloat16 pairs [inputs / 2][8]
+  const ActivationGroup* groups;  // [input groups][kPanel]
+  const ActivationTile* tiles;    // [input groups]
+  const float* floats;            // [inputs, padded to even][kPanel]
+  const uint32_t* pairs;          // bfloat16 pairs [inputs / 2][kPanel]; for AMX [inputs / 32][kPanel][16], padded with zeros
 };
 
 }  // namespace tars

@@ -2,6 +2,9 @@
 #pragma once
 #include "attend.h"
 #include "dot.h"
+#if defined(__AMX_TILE__)
+#include "dot_amx.h"
+#endif
 #include "rotate.h"
 #include "rows.h"
 
@@ -15,6 +18,15 @@ static bool native_pairs() {
 #endif
 }
 
-static const Kernels table = {TARS_ISA_NAME, native_pairs, pick_dot, read_row, fill_panel, project, add_update, finish_tile, attend, merge, rotate};
+#if defined(__AMX_TILE__)
+constexpr auto kPickDot = pick_tiles;
+constexpr auto kSetShapes = set_tile_shapes;
+#else
+constexpr auto kPickDot = pick_dot;
+static void no_shapes(int) {}
+constexpr auto kSetShapes = no_shapes;
+#endif
+
+static const Kernels table = {TARS_ISA_NAME, kPanel, native_pairs, kPickDot, kSetShapes, read_row, fill_panel, project, add_update, finish_tile, attend, merge, rotate};
 
 }  // namespace tars::TARS_ISA

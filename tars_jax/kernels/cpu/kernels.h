@@ -8,14 +8,16 @@ namespace tars {
 
 struct PanelBuffers {  // where a panel's rows are written; null for the forms no weight wants
   ActivationGroup* groups;
+  ActivationTile* tiles;
   float* floats;
   uint32_t* pairs;
 };
 
-// The tiles that are wanted next stand `bytes` behind those being multiplied. Each of `turns` products of these fetches its part of them:
-// all at once they would be more than memory gives in that time.
+// The tiles that are wanted next. Each of `turns` products of those before them fetches its part of their blocks: all at once they would be
+// more than memory gives in that time.
 struct Ahead {
-  int64_t bytes;
+  const uint8_t* tiles[2];
+  int64_t block_bytes;
   int64_t turn, turns;
 };
 
@@ -84,13 +86,19 @@ struct RotateTask {
 
 struct Kernels {
   const char* name;
+  int panel;  // rows of a panel
   bool (*native_pairs)();  // whether bfloat16 pairs have an instruction
   // The product of a panel's rows and one tile, or two tiles of one format; `out` gets [rows][16] of each.
   using DotTiles = void (*)(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int rows, float* const* out);
+  using UnpackTile = void (*)(const uint8_t* tile, int64_t blocks, uint8_t* out);
   struct Dot {
     DotTiles one, two;  // two: null where it gains nothing
+    UnpackTile unpack = nullptr;  // how tiles come into the form these take; null: they have it
+    int64_t block_bytes = 0;      // of that form
+    int shapes = 0;               // what `set_shapes` wants to know before
   };
-  Dot (*pick_dot)(const Format& w, bool pairs);
+  Dot (*pick_dot)(const Format& w, bool pairs, int64_t rows);
+  void (*set_shapes)(int shapes);  // of this thread's registers, where they have any; 0: done with them
   void (*read_row)(const void* x, DType type, int64_t inputs, const float* norm, float eps, float* out);
   void (*fill_panel)(const float* x, int64_t inputs, int row, const PanelBuffers& out);
   // For a row's `inputs` numbers what an update makes of them before `a`: [ranks].
@@ -106,6 +114,7 @@ struct Kernels {
 const Kernels& portable_kernels();
 const Kernels* avx2_kernels();    // null when this build or processor has none
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 
 const Kernels& kernels();  // the best of them, or what TARS_CPU_ISA forces
 bool use_kernels(const char* name);  // others from now on; false if they do not exist here

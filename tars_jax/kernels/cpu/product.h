@@ -42,20 +42,22 @@ class ProductRunner {
   void prepare(int64_t begin, int64_t end) const;
   bool fetch(int64_t chunk, int64_t piece) const;
   void multiply(int64_t row_block, int64_t chunk) const;
-  void multiply_tiles(int64_t row_block, size_t operand, int64_t tile, int64_t count) const;
+  class Shapes;
+  void unpack(size_t operand, bool both, const uint8_t* (&tiles)[2]) const;
+  void multiply_tiles(int64_t row_block, size_t operand, int64_t tile, int64_t count, Shapes& shapes) const;
   float* projected(int64_t panel) const;
   void update(size_t operand, int64_t panel, int64_t tile, float* sums) const;
 
   const Product p_;
   const Kernels& k_;
-  const int64_t panels_;
+  const int64_t panels_, block_panels_;  // in all, and those whose rows stay in a second-level cache
   std::vector<Kernels::Dot> dots_;
   std::vector<int64_t> chunks_;  // where each begins, and where the last ends: tiles
-  bool want_groups_ = false, want_floats_ = false, want_pairs_ = false;
+  bool want_groups_ = false, want_tiles_ = false, want_floats_ = false, want_pairs_ = false;
   bool twins_ = false;  // gate and up are of one format
   int64_t bytes_ = 0, total_tiles_ = 0;
   int64_t ranks_ = 0;  // of all operands' updates
-  int64_t groups_size_ = 0, floats_size_ = 0, pairs_size_ = 0, panel_size_ = 0;
+  int64_t groups_size_ = 0, tiles_size_ = 0, floats_size_ = 0, pairs_size_ = 0, panel_size_ = 0;
   char* memory_ = nullptr;
 };
 

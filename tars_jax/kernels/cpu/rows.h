@@ -73,20 +73,47 @@ TARS_INLINE void quantize_group(const float* x, ActivationGroup* out) {
   out->minus8_low = -8 * sums.low;
 }
 
+// The activations' part of what the minima add: the sum over one weight group.
+template <int kHalves>
+TARS_INLINE float group_sum(const ActivationGroup& x, int half) {
+  if constexpr (kHalves == 1) return x.sum;
+  float low = static_cast<float>(x.minus8_low) * -0.125f * x.scale;
+  return half == 0 ? low : x.sum - low;
+}
+
+static void fill_tile(const float* x, int row, ActivationTile* out) {
+  ActivationGroup group;
+  quantize_group(x, &group);
+  std::memcpy(out->codes[row], group.codes, sizeof group.codes);
+  out->scale[row] = group.scale;
+  out->sums[0][row] = group.sum;
+  out->sums[1][row] = group_sum<2>(group, 0);
+  out->sums[2][row] = group_sum<2>(group, 1);
+}
+
+// Bfloat16 of a row, padded with zeros, as a panel holds them.
+TARS_INLINE void fill_pairs(const float* x, int64_t inputs, int row, uint32_t* out) {
+#if defined(__AMX_TILE__)
+  for (int64_t k = 0; k < inputs; k += kGroup) store_pairs(out + (k / 2 * kPanel + row * kLanes), load(x + k), load(x + k + kLanes));
+#else
+  for (int64_t k = 0; k < inputs; k += kLanes) {
+    int32_t bits[kLanes];
+    store(bits, round_bf16(load(x + k)));
+    for (int i = 0; i < kLanes && k + i < inputs; i += 2)
+      out[(k + i) / 2 * kPanel + row] = static_cast<uint32_t>(bits[i]) | static_cast<uint32_t>(bits[i + 1]) << 16;
+  }
+#endif
+}
+
 static void fill_panel(const float* x, int64_t inputs, int row, const PanelBuffers& out) {
   const int64_t groups = ceil_div(inputs, kGroup);
   if (out.groups)
     for (int64_t g = 0; g < groups; ++g) quantize_group(x + g * kGroup, out.groups + g * kPanel + row);
+  if (out.tiles)
+    for (int64_t g = 0; g < groups; ++g) fill_tile(x + g * kGroup, row, out.tiles + g);
   if (out.floats)
     for (int64_t k = 0; k < inputs + inputs % 2; ++k) out.floats[k * kPanel + row] = x[k];
-  if (out.pairs) {
-    for (int64_t k = 0; k < inputs; k += kLanes) {
-      int32_t bits[kLanes];
-      store(bits, round_bf16(load(x + k)));
-      for (int i = 0; i < kLanes && k + i < inputs; i += 2)
-        out.pairs[(k + i) / 2 * kPanel + row] = static_cast<uint32_t>(bits[i]) | static_cast<uint32_t>(bits[i + 1]) << 16;
-    }
-  }
+  if (out.pairs) fill_pairs(x, inputs, row, out.pairs);
 }
 
 // Abramowitz and Stegun 7.1.26, error below 1.5e-7.

@@ -19,6 +19,9 @@
 #else
 #define TARS_VECTOR_BYTES 16
 #endif
+#if !defined(TARS_PANEL)
+#define TARS_PANEL 8  // what fits in registers beside its accumulators
+#endif
 #define TARS_INLINE static inline __attribute__((always_inline))
 #if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
 #define TARS_UNROLL _Pragma("GCC unroll 8")
@@ -31,6 +34,7 @@ namespace tars::TARS_ISA {
 
 constexpr int kParts = 64 / TARS_VECTOR_BYTES;
 constexpr int kPartLanes = kLanes / kParts;
+constexpr int kPanel = TARS_PANEL;
 constexpr int kRowBlock = kParts == 1 ? 8 : 2;  // accumulators that fit in 32 or in 16 registers
 
 typedef float FloatPart __attribute__((vector_size(TARS_VECTOR_BYTES)));
@@ -357,6 +361,13 @@ TARS_INLINE void store_f16(void* p, Floats a) {
   std::memcpy(p, y, sizeof y);
 #endif
 }
+#if defined(__AVX512BF16__)
+// 32 numbers as bfloat16; tiny ones become zero, as the products would have them.
+TARS_INLINE void store_pairs(void* p, Floats low, Floats high) {
+  const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]);
+  std::memcpy(p, &pairs, sizeof pairs);
+}
+#endif
 TARS_INLINE void store_bf16(void* p, Floats a) {
   int32_t x[kLanes];
   uint16_t y[kLanes];
