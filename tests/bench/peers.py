@@ -160,12 +160,9 @@ class Worker:
             return None
 
     def resident_mb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status")
-        return (
-            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS")) / 1024
-            if status.exists()
-            else 0
-        )
+        status = Path(f"/proc/{self.process.pid}/status")  # without that line where the process has died
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
 
 
 def make_variants(source: Path, folder: Path, types: list[str], python: str) -> dict[str, Path]:

@@ -15,11 +15,16 @@
 #pragma once
 #include "attend_block.h"
 #include "attend_query.h"
+#if defined(__AMX_TILE__)
+#include "attend_amx.h"
+#endif
 
 namespace tars::TARS_ISA {
 
 static void attend(const AttentionTask& t, float* scratch) {
-#if defined(__AVX512F__)
+#if defined(__AMX_TILE__)
+  if (Pairs::takes(t)) return attend_tiles(t, scratch);
+#elif defined(__AVX512F__)
   if (Pairs::takes(t)) return t.count > 1 ? attend_lanes<Pairs>(t, scratch) : attend_one<Pairs, DType::kBF16>(t, scratch);
 #endif
   if (t.count > 1) return attend_lanes<Singles>(t, scratch);

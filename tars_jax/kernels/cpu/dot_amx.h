@@ -1,7 +1,7 @@
 // Products of 16 activation rows by AMX. Those of quantised weights have the bits of `dot.h`'s, which makes them of fewer rows: 8-bit
 // products are exact, and what makes numbers of them comes in the same order. Those of bfloat16 are made here for any number of rows.
 #pragma once
-#include <type_traits>
+#include <algorithm>
 
 #include "dot.h"
 #include "tile_registers.h"
@@ -14,7 +14,8 @@ namespace tars::TARS_ISA {
 #define TARS_EACH_ROW(r) _Pragma("GCC unroll 16") for (int r = 0; r < kPanel; ++r)
 #endif
 
-constexpr int kTilesRows = 4;  // rows from which on this is faster
+// Whether so many rows are faster here: a panel costs the same whether it is full or not.
+inline bool fills_panels(int64_t rows) { return 4 * ceil_div(rows, kPanel) * kPanel <= 5 * rows; }
 
 // A block of a quantised tile as AMX takes it, whatever its type: 8 vectors of 16 outputs x 4 signed codes, then scales and minima in
 // float32, [halves][16].
@@ -23,54 +24,62 @@ struct PlainBlock {
   static constexpr int kCodeBytes = kLanes * kGroup, kScaleBytes = kHalves * kLanes * 4;
   static constexpr int kBytes = kCodeBytes + kScaleBytes * (1 + kAffine);
 
-  template <int kSlot>
-  TARS_INLINE void multiply(const uint8_t* tile, const ActivationTile* x, int64_t step) {
-    const int64_t block = step / kHalves, half = step % kHalves;
-    load_tile<4 + kSlot>(x[block].codes[0] + half * kGroup / kHalves, kGroup);
-    load_tile<6 + kSlot>(tile + block * kBytes + half * kCodeBytes / kHalves, 64);
-    clear_tile<kSlot>();
-    multiply_bytes<kSlot, 4 + kSlot, 6 + kSlot>();
+  // A pair of steps is one block's halves, or two blocks. Which block and half the pair's step `kStep` is:
+  static constexpr int block_of(int step) { return kHalves == 1 ? step : 0; }
+  static constexpr int half_of(int step) { return kHalves == 1 ? 0 : step; }
+  static constexpr int kPairBlocks = 2 / kHalves;
+
+  template <int kStep>
+  TARS_INLINE void multiply(const uint8_t* tile, const ActivationTile* x) {
+    load_tile<4 + kStep>(x[block_of(kStep)].codes[0] + half_of(kStep) * kGroup / kHalves, kGroup);
+    load_tile<6 + kStep>(tile + block_of(kStep) * kBytes + half_of(kStep) * kCodeBytes / kHalves, 64);
+    clear_tile<kStep>();
+    multiply_bytes<kStep, 4 + kStep, 6 + kStep>();
   }
 
-  TARS_INLINE void add(const uint8_t* tile, const ActivationTile* x, int64_t step, const int32_t* sums, Floats (&total)[kPanel]) {
-    const int64_t block = step / kHalves, half = step % kHalves;
-    const float* scales = reinterpret_cast<const float*>(tile + block * kBytes + kCodeBytes) + half * kLanes;
-    const ActivationTile& group = x[block];
+  template <int kStep>
+  TARS_INLINE void add(const uint8_t* tile, const ActivationTile* x, const int32_t* sums, Floats (&total)[kPanel]) {
+    const float* scales = reinterpret_cast<const float*>(tile + block_of(kStep) * kBytes + kCodeBytes) + half_of(kStep) * kLanes;
+    const ActivationTile& group = x[block_of(kStep)];
     const Floats scale = load(scales);
     TARS_EACH_ROW(r) total[r] = fma(to_floats(load_ints(sums + r * kLanes)) * splat(group.scale[r]), scale, total[r]);
     if constexpr (kAffine) {
       const Floats min = load(scales + kHalves * kLanes);
-      TARS_EACH_ROW(r) total[r] = fma(splat(group.sums[kHalves == 1 ? 0 : 1 + half][r]), min, total[r]);
+      TARS_EACH_ROW(r) total[r] = fma(splat(group.sums[kHalves == 1 ? 0 : 1 + half_of(kStep)][r]), min, total[r]);
     }
   }
 
-  // Step by step: one is multiplied while the one before it is stored and the one before that is added.
-  TARS_INLINE void rows(const uint8_t* tile, int64_t blocks, Fetcher<1> fetcher, const ActivationTile* x, float* out) {
+  // One step is multiplied while the one before it is stored and the one before that is added.
+  TARS_INLINE void rows(const uint8_t* tile, int64_t blocks, const uint8_t* fetch, int lines, const ActivationTile* x, float* out) {
     alignas(64) int32_t sums[2][kPanel * kLanes];
     Floats total[kPanel];
     TARS_EACH_ROW(r) total[r] = splat(0.0f);
-    const int64_t steps = blocks * kHalves;
-    const auto turn = [&](auto slot, int64_t step) __attribute__((always_inline)) {
-      constexpr int kSlot = decltype(slot)::value;
-      if (step < steps) multiply<kSlot>(tile, x, step);
-      if (step % kHalves == 0) fetcher.reached(step / kHalves - 1);
-      store_tile<1 - kSlot>(sums[1 - kSlot], 64);
-      if (step > 1) add(tile, x, step - 2, sums[kSlot], total);
-    };
-    multiply<0>(tile, x, 0);
-    int64_t step = 1;
-    for (; step + 1 <= steps; step += 2) {
-      turn(std::integral_constant<int, 1>(), step);
-      turn(std::integral_constant<int, 0>(), step + 1);
+    multiply<0>(tile, x);
+    multiply<1>(tile, x);
+    store_tile<0>(sums[0], 64);
+    for (int64_t left = blocks - kPairBlocks; left > 0; left -= kPairBlocks) {
+      const uint8_t* next = tile + kPairBlocks * kBytes;
+      multiply<0>(next, x + kPairBlocks);
+      store_tile<1>(sums[1], 64);
+      add<0>(tile, x, sums[0], total);
+      multiply<1>(next, x + kPairBlocks);
+      store_tile<0>(sums[0], 64);
+      add<1>(tile, x, sums[1], total);
+      for (int i = 0; i < lines; ++i, fetch += 64) __builtin_prefetch(fetch, 0, 2);
+      tile = next;
+      x += kPairBlocks;
     }
-    if (step <= steps) turn(std::integral_constant<int, 1>(), step);
-    add(tile, x, steps - 1, sums[(steps - 1) % 2], total);
+    store_tile<1>(sums[1], 64);
+    add<0>(tile, x, sums[0], total);
+    add<1>(tile, x, sums[1], total);
     TARS_EACH_ROW(r) store(out + r * kLanes, total[r]);
   }
 
   template <int kTiles>
   static void dot(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int, float* const* out) {
-    for (int t = 0; t < kTiles; ++t) rows(tiles[t], blocks, Fetcher<1>({{ahead.tiles[t]}, ahead.block_bytes, ahead.turn, ahead.turns}), panel.tiles, out[t]);
+    const int64_t bytes = blocks * ahead.block_bytes / ahead.turns, pairs = std::max<int64_t>(blocks / kPairBlocks - 1, 1);
+    for (int t = 0; t < kTiles; ++t)
+      rows(tiles[t], blocks, ahead.tiles[t] + ahead.turn * bytes, static_cast<int>(ceil_div(bytes, 64 * pairs)), panel.tiles, out[t]);
   }
 };
 
@@ -105,6 +114,7 @@ struct Unpacker {
       float* scales = reinterpret_cast<float*>(out + Plain::kCodeBytes);
       for (int i = 0; i < kVectors; ++i) store(scales + i * kLanes, load_as(kType, tile + Packed::kCodeBytes + i * Packed::kScaleBytes));
     }
+    if (blocks % Plain::kPairBlocks) std::memset(out, 0, Plain::kBytes);
   }
 };
 
@@ -156,7 +166,7 @@ static Dot pick_plain(const Format& w) {
 
 static Dot pick_tiles(const Format& w, bool pairs, int64_t rows) {
   if (pairs) return {PairTile::dot<1>, PairTile::dot<2>, nullptr, 0, 64};
-  if (!w.quantized() || rows < kTilesRows) return pick_dot(w, pairs, rows);
+  if (!w.quantized() || !fills_panels(rows)) return pick_dot(w, pairs, rows);
   if (w.bits == 4) return w.group == 32 ? pick_plain<4, 32>(w) : pick_plain<4, 16>(w);
   if (w.bits == 5) return pick_plain<5, 32>(w);
   if (w.bits == 6) return w.dtype == DType::kF16 ? plain<6, 16, false, DType::kF16>() : plain<6, 16, false, DType::kF32>();

@@ -74,7 +74,7 @@ struct ActivationTile {
 // Activations of the rows of a panel in the four forms weights may want; absent ones are null.
 struct Panel {
   const ActivationGroup* groups;  // [input groups][kPanel]
-  const ActivationTile* tiles;    // [input groups]
+  const ActivationTile* tiles;    // [input groups, padded to even with zeros]
   const float* floats;            // [inputs, padded to even][kPanel]
   const uint32_t* pairs;          // bfloat16 pairs [inputs / 2][kPanel]; for AMX [inputs / 32][kPanel][16], padded with zeros
 };

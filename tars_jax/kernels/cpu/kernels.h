@@ -93,7 +93,7 @@ struct Kernels {
   using UnpackTile = void (*)(const uint8_t* tile, int64_t blocks, uint8_t* out);
   struct Dot {
     DotTiles one, two;  // two: null where it gains nothing
-    UnpackTile unpack = nullptr;  // how tiles come into the form these take; null: they have it
+    UnpackTile unpack = nullptr;  // how tiles come into the form these take, with an even number of blocks; null: they have it
     int64_t block_bytes = 0;      // of that form
     int shapes = 0;               // what `set_shapes` wants to know before
   };
@@ -119,11 +119,8 @@ const Kernels* amx_kernels();
 const Kernels& kernels();  // the best of them, or what TARS_CPU_ISA forces
 bool use_kernels(const char* name);  // others from now on; false if they do not exist here
 
-// Floats of scratch an AttentionTask needs: queries, two results, six numbers a lane; keys or values; scores.
-inline int64_t attention_scratch(int64_t head_dim) {
-  const int64_t padded = ceil_div(head_dim, kLanes) * kLanes;
-  return (3 * padded + 6) * kQueryRows + kChunkTokens * padded + kSegment * kQueryRows;
-}
+// Floats of scratch an AttentionTask needs, whichever way it goes: scores; keys or values; queries, two results, some numbers a lane.
+inline int64_t attention_scratch(int64_t head_dim) { return 152 * (ceil_div(head_dim, 32) * 32) + 6272; }
 inline int64_t partial_floats(int64_t head_dim) { return head_dim + 2; }
 
 }  // namespace tars

@@ -5,7 +5,7 @@
 namespace tars {
 namespace {
 
-constexpr int64_t kRowsTogether = 128;  // rows whose quantised panels stay in a 1 MiB second-level cache
+constexpr int64_t kRowsTogether = 512;  // rows whose quantised panels stay in a 1 MiB second-level cache
 constexpr int64_t kLeastChunkBytes = 8 << 10;
 constexpr double kShareOfRound = 0.9;  // of the tiles that are left
 constexpr int64_t kFetchBytes = 1 << 10;  // at a time, of an operand
@@ -38,7 +38,7 @@ ProductRunner::ProductRunner(Product p) : p_(std::move(p)), k_(kernels()), panel
   }
   twins_ = p_.gated && dots_[0].two && dots_[0].two == dots_[1].two && p_.operands[0].format.tile_bytes() == p_.operands[1].format.tile_bytes();
   groups_size_ = want_groups_ ? ceil_div(p_.inputs, kGroup) * k_.panel * sizeof(ActivationGroup) : 0;
-  tiles_size_ = want_tiles_ ? ceil_div(p_.inputs, kGroup) * sizeof(ActivationTile) : 0;
+  tiles_size_ = want_tiles_ ? round_up(ceil_div(p_.inputs, kGroup), 2) * sizeof(ActivationTile) : 0;
   floats_size_ = want_floats_ ? round_up(p_.inputs, 2) * k_.panel * sizeof(float) : 0;
   pairs_size_ = want_pairs_ ? round_up(p_.inputs, kGroup) / 2 * k_.panel * sizeof(uint32_t) : 0;
   panel_size_ = round_up(groups_size_ + tiles_size_ + floats_size_ + pairs_size_ + ranks_ * k_.panel * sizeof(float), 64);
@@ -173,7 +173,7 @@ void ProductRunner::unpack(size_t operand, bool both, const uint8_t* (&tiles)[2]
   const Kernels::Dot* const dots[2] = {&dots_[operand], &dots_[other]};
   const Format* const formats[2] = {&p_.operands[operand].format, &p_.operands[other].format};
   size_t bytes[2];
-  for (int i = 0; i < 2; ++i) bytes[i] = round_up(dots[i]->block_bytes * formats[i]->blocks(), 64);
+  for (int i = 0; i < 2; ++i) bytes[i] = dots[i]->block_bytes * round_up(formats[i]->blocks(), 2);
   uint8_t* at = static_cast<uint8_t*>(scratch.get(bytes[0] + bytes[1]));
   for (int i = 0; i <= both; at += bytes[i++]) {
     if (!dots[i]->unpack) continue;

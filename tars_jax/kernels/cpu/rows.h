@@ -91,6 +91,12 @@ static void fill_tile(const float* x, int row, ActivationTile* out) {
   out->sums[2][row] = group_sum<2>(group, 1);
 }
 
+static void clear_in_tile(int row, ActivationTile* out) {
+  std::memset(out->codes[row], 0, kGroup);
+  out->scale[row] = 0.0f;
+  for (float (&sums)[16] : out->sums) sums[row] = 0.0f;
+}
+
 // Bfloat16 of a row, padded with zeros, as a panel holds them.
 TARS_INLINE void fill_pairs(const float* x, int64_t inputs, int row, uint32_t* out) {
 #if defined(__AMX_TILE__)
@@ -109,8 +115,10 @@ static void fill_panel(const float* x, int64_t inputs, int row, const PanelBuffe
   const int64_t groups = ceil_div(inputs, kGroup);
   if (out.groups)
     for (int64_t g = 0; g < groups; ++g) quantize_group(x + g * kGroup, out.groups + g * kPanel + row);
-  if (out.tiles)
+  if (out.tiles) {
     for (int64_t g = 0; g < groups; ++g) fill_tile(x + g * kGroup, row, out.tiles + g);
+    if (groups % 2) clear_in_tile(row, out.tiles + groups);
+  }
   if (out.floats)
     for (int64_t k = 0; k < inputs + inputs % 2; ++k) out.floats[k * kPanel + row] = x[k];
   if (out.pairs) fill_pairs(x, inputs, row, out.pairs);

@@ -1,0 +1,309 @@
+// Attention by AMX to a bfloat16 cache: up to 32 (query, head) pairs, one query's included. See `attend.h`.
+//
+//   scores   keys [16 tokens][32 dimensions] as they are cached, times queries [16 pairs of dimensions][16 lanes]
+//   values   weights [16 lanes][32 tokens], times values [16 pairs of tokens][16 dimensions]
+//
+// The dimensions of values are in an order of their own until the end: of each 32 first the even, then the odd ones.
+#pragma once
+#include <algorithm>
+
+#include "segment.h"
+#include "tile_registers.h"
+
+namespace tars::TARS_ISA {
+
+constexpr int kStep = 32;  // dimensions or tokens of one multiplication
+constexpr int kTokens = 16;
+constexpr int kSegmentSteps = kSegment / kStep;
+constexpr int kAheadTokens = 64;  // of keys fetched before they are needed
+
+struct TileLanes {  // scratch of one task; lanes are kQueryRows
+  int64_t dims;        // head_dim padded to kStep
+  int64_t lanes;       // in use
+  float* scores;       // [tokens of a segment][lanes]
+  uint32_t* queries;   // [dims / 2][lanes]: pairs
+  uint32_t* weights;   // [lanes / 16][steps][16 lanes][16 pairs of tokens]
+  uint32_t* values;    // [pairs of tokens][dims]
+  char* keys;          // [16][dims]: those that cannot be taken where they are
+  float *sums, *segment;                   // [lanes][dims]: of the segments so far, and of this one
+  float *maximum, *total;                  // [lanes]
+  float *segment_maximum, *segment_total;
+};
+
+constexpr __mmask32 kHighWords = 0xaaaaaaaa;  // of each 32 bits
+
+inline int64_t padded_to_step(int64_t head_dim) { return ceil_div(head_dim, kStep) * kStep; }
+
+static TileLanes tile_lanes(const AttentionTask& t, float* scratch) {
+  TileLanes s;
+  s.dims = padded_to_step(t.head_dim);
+  s.lanes = t.count * t.group;
+  const auto take = [&scratch](int64_t floats) { return scratch += floats, scratch - floats; };
+  s.scores = take(kSegment * kQueryRows);
+  s.queries = reinterpret_cast<uint32_t*>(take(s.dims / 2 * kQueryRows));
+  s.weights = reinterpret_cast<uint32_t*>(take(kSegment / 2 * kQueryRows));
+  s.values = reinterpret_cast<uint32_t*>(take(kSegment / 2 * s.dims));
+  s.keys = reinterpret_cast<char*>(take(kTokens * s.dims / 2));
+  s.sums = take(kQueryRows * s.dims);
+  s.segment = take(kQueryRows * s.dims);
+  for (float** x : {&s.maximum, &s.total, &s.segment_maximum, &s.segment_total}) *x = take(kQueryRows);
+  return s;
+}
+
+// Up to 32 bfloat16; the rest is zero.
+TARS_INLINE __m512i load_words(const char* p, int64_t count) {
+  if (count >= kStep) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+}
+
+// Scaled queries of 16 lanes from `first` on to pairs of dimensions [dims / 2][lanes], by way of `rows`.
+static void pair_queries(const AttentionTask& t, const TileLanes& s, int64_t first, float* rows) {
+  const int64_t pairs = s.dims / 2;
+  for (int64_t r = 0; r < kLanes; ++r) {
+    uint32_t* row = reinterpret_cast<uint32_t*>(rows) + r * pairs;
+    std::memset(row, 0, pairs * sizeof *row);
+    const int64_t lane = first + r;
+    if (lane >= s.lanes) continue;
+    const char* q = static_cast<const char*>(t.q) + ((t.first + lane / t.group) * t.heads + t.head + lane % t.group) * t.head_dim * size_of(t.q_type);
+    const auto part = [&](int64_t d) {
+      const int64_t left = std::max<int64_t>(std::min<int64_t>(t.head_dim - d, kLanes), 0);
+      return load_some(t.q_type, q + (left ? d : 0) * size_of(t.q_type), static_cast<int>(left)) * splat(t.scale);
+    };
+    for (int64_t d = 0; d < s.dims; d += kStep) store_pairs(row + d / 2, part(d), part(d + kLanes));
+  }
+  float* out = reinterpret_cast<float*>(s.queries) + first;
+  for (int64_t d = 0; d < pairs; d += kLanes) transpose16(rows + d, pairs, out + d * kQueryRows, kQueryRows);
+}
+
+struct Vectors {  // of several tokens
+  const char* first;
+  int64_t stride;
+};
+
+// Keys of 16 tokens from `at` of a segment on, those outside of the span being anything.
+static Vectors keys_at(const AttentionTask& t, const TileLanes& s, Span span, int at) {
+  const int64_t bytes = 2 * t.head_dim;
+  if (t.page % kTokens == 0 && t.head_dim == s.dims) return {cached(t, t.k_pages, span.base + at), bytes};
+  for (int i = 0; i < kTokens; ++i) {
+    const bool seen = at + i >= span.begin && at + i < span.end;
+    const char* key = seen ? cached(t, t.k_pages, span.base + at + i) : nullptr;
+    for (int64_t d = 0; d < s.dims; d += kStep)
+      _mm512_storeu_si512(s.keys + 2 * (i * s.dims + d), seen ? load_words(key + 2 * d, t.head_dim - d) : _mm512_setzero_si512());
+  }
+  return {s.keys, 2 * s.dims};
+}
+
+TARS_INLINE void prefetch_vectors(const AttentionTask& t, const void* pages, int64_t token, int64_t end, int hint) {
+  for (const int64_t last = std::min(token + kTokens, end); token < last; ++token) {
+    const char* p = cached(t, pages, token);
+    for (int64_t at = 0; at < 2 * t.head_dim; at += 64) hint == 2 ? __builtin_prefetch(p + at, 0, 2) : __builtin_prefetch(p + at);
+  }
+}
+
+// A single query reads more than it computes: what it and the next task will want is fetched on the way.
+TARS_INLINE void prefetch_for(const AttentionTask& t, Span span, int at, const void* pages) {
+  if (t.count > 1) return;
+  if (pages == t.k_pages) {
+    prefetch_vectors(t, t.v_pages, span.base + std::max(at, span.begin), t.end, 0);
+    prefetch_vectors(t, t.k_pages, span.base + at + kAheadTokens, t.end, 0);
+  }
+  if (t.next) prefetch_vectors(*t.next, pages, t.next->begin + std::max(span.base + at - t.begin, int64_t{0}), t.next->end, 2);
+}
+
+template <int kVectors>
+static void score_tokens(const AttentionTask& t, const TileLanes& s, Span span) {
+  for (int at = span.begin / kTokens * kTokens; at < span.end; at += kTokens) {
+    const Vectors keys = keys_at(t, s, span, at);
+    prefetch_for(t, span, at, t.k_pages);
+    clear_tile<0>();
+    if constexpr (kVectors == 2) clear_tile<1>();
+    for (int64_t d = 0; d < s.dims; d += kStep) {
+      const uint32_t* queries = s.queries + d / 2 * kQueryRows;
+      load_tile<4>(keys.first + 2 * d, keys.stride);
+      load_tile<6>(queries, 4 * kQueryRows);
+      multiply_pairs<0, 4, 6>();
+      if constexpr (kVectors == 2) {
+        load_tile<7>(queries + kLanes, 4 * kQueryRows);
+        multiply_pairs<1, 4, 7>();
+      }
+    }
+    float* scores = s.scores + at * kQueryRows;
+    store_tile<0>(scores, 4 * kQueryRows);
+    if constexpr (kVectors == 2) store_tile<1>(scores + kLanes, 4 * kQueryRows);
+  }
+}
+
+// 2**x, with an error of 1e-4: a twentieth of what rounding to bfloat16 makes. 2**-inf is 0.
+TARS_INLINE Floats power_of_two(Floats x) {
+  const Floats f = {{(FloatPart)_mm512_reduce_ps((__m512)x.part[0], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}};  // in [0, 1]
+  Floats p = fma(splat(0.0782679655f), f, splat(0.2263076777f));
+  p = fma(fma(p, f, splat(0.6954243568f)), f, splat(1.0f));
+  return {{(FloatPart)_mm512_scalef_ps((__m512)p.part[0], (__m512)x.part[0])}};
+}
+
+// The largest scores of 16 lanes; scores that a lane does not see are masked, in place.
+static Floats largest(const AttentionTask& t, float* scores, Span span, const Sight& sight) {
+  Floats top[4];
+  for (Floats& x : top) x = splat(kMasked);
+  if (sight.all && t.softcap <= 0) {
+    int i = span.begin;
+    for (; i + 4 <= span.end; i += 4)
+      TARS_UNROLL for (int j = 0; j < 4; ++j) top[j] = max(load(scores + (i + j) * kQueryRows), top[j]);
+    for (; i < span.end; ++i) top[0] = max(load(scores + i * kQueryRows), top[0]);
+  } else {
+    for (int i = span.begin; i < span.end; ++i) {
+      const Floats x = masked(sight, softcap(load(scores + i * kQueryRows), t.softcap), span.base + i);
+      store(scores + i * kQueryRows, x);
+      top[0] = max(x, top[0]);
+    }
+  }
+  return max(max(top[0], top[1]), max(top[2], top[3]));
+}
+
+// Scores of a pair of tokens and 16 lanes to weights, as an element; adds them to the totals.
+template <bool kMask>
+TARS_INLINE Floats weigh(const float* scores, Floats offset, Floats (&totals)[2]) {
+  Floats weights[2];
+  TARS_UNROLL for (int i = 0; i < 2; ++i) {
+    const Floats x = load(scores + i * kQueryRows);
+    weights[i] = power_of_two(fma(x, splat(1.44269504f), offset));
+    if constexpr (kMask) weights[i] = select(less(splat(kMasked), x), weights[i], select(less(x, splat(0.0f)), splat(0.0f), weights[i]));
+    totals[i] = totals[i] + weights[i];
+  }
+  const Ints half = splat(0x8000);
+  const __m512i low = _mm512_srli_epi32((__m512i)(as_ints(weights[0]) + half).part[0], 16), high = (__m512i)(as_ints(weights[1]) + half).part[0];
+  return as_floats(Ints{{(IntPart)_mm512_mask_blend_epi16(kHighWords, low, high)}});
+}
+
+// A segment's scores to weights of 16 lanes; their maximum and total.
+static void soften(const AttentionTask& t, const TileLanes& s, Span span, int vector) {
+  float* scores = s.scores + vector * kLanes;
+  const Sight sight = sight_of(t, span, vector);
+  const Floats top = largest(t, scores, span, sight), offset = top * splat(-1.44269504f);
+  for (int i = span.begin / kStep * kStep; i < span.begin; ++i) store(scores + i * kQueryRows, splat(kMasked));
+  for (int i = span.end; i % kStep; ++i) store(scores + i * kQueryRows, splat(kMasked));
+  Floats totals[2] = {splat(0.0f), splat(0.0f)};
+  alignas(64) float pairs[kLanes * kLanes];
+  for (int step = span.begin / kStep; step < ceil_div(span.end, kStep); ++step) {
+    const float* from = scores + step * kStep * kQueryRows;
+    const bool whole = sight.all && step * kStep >= span.begin && (step + 1) * kStep <= span.end;
+    for (int i = 0; i < kLanes; ++i, from += 2 * kQueryRows) store(pairs + i * kLanes, whole ? weigh<false>(from, offset, totals) : weigh<true>(from, offset, totals));
+    transpose16(pairs, kLanes, reinterpret_cast<float*>(s.weights) + (vector * kSegmentSteps + step) * kLanes * kLanes, kLanes);
+  }
+  store(s.segment_maximum + vector * kLanes, top);
+  store(s.segment_total + vector * kLanes, totals[0] + totals[1]);
+}
+
+// Values of a segment's steps as pairs of tokens; zeros for those outside of the span.
+static void pair_values(const AttentionTask& t, const TileLanes& s, Span span) {
+  for (int at = span.begin / kStep * kStep; at < ceil_div(span.end, kStep) * kStep; at += 2) {
+    if (at % kTokens == 0) prefetch_for(t, span, at, t.v_pages);
+    const char* vectors[2];
+    find_values<Pairs>(t, span, at, vectors);
+    uint32_t* out = s.values + at / 2 * s.dims;
+    for (int64_t d = 0; d < s.dims; d += kStep) {
+      const __m512i a = load_words(vectors[0] + 2 * d, t.head_dim - d), b = load_words(vectors[1] + 2 * d, t.head_dim - d);
+      _mm512_storeu_si512(out + d, _mm512_mask_blend_epi16(kHighWords, a, _mm512_slli_epi32(b, 16)));
+      _mm512_storeu_si512(out + d + kLanes, _mm512_mask_blend_epi16(kHighWords, _mm512_srli_epi32(a, 16), b));
+    }
+  }
+}
+
+// Weights times values, to the segment's sums.
+template <int kVectors>
+static void weigh_values(const TileLanes& s, Span span) {
+  constexpr int kTile = kLanes * kLanes;
+  for (int64_t d = 0; d < s.dims; d += kStep) {
+    clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+    for (int step = span.begin / kStep; step < ceil_div(span.end, kStep); ++step) {
+      const uint32_t* values = s.values + step * kLanes * s.dims + d;
+      load_tile<4>(s.weights + step * kTile, 64);
+      load_tile<6>(values, 4 * s.dims);
+      load_tile<7>(values + kLanes, 4 * s.dims);
+      multiply_pairs<0, 4, 6>();
+      multiply_pairs<1, 4, 7>();
+      if constexpr (kVectors == 2) {
+        load_tile<5>(s.weights + (kSegmentSteps + step) * kTile, 64);
+        multiply_pairs<2, 5, 6>();
+        multiply_pairs<3, 5, 7>();
+      }
+    }
+    float* out = s.segment + d;
+    store_tile<0>(out, 4 * s.dims);
+    store_tile<1>(out + kLanes, 4 * s.dims);
+    if constexpr (kVectors == 2) {
+      store_tile<2>(out + kLanes * s.dims, 4 * s.dims);
+      store_tile<3>(out + kLanes * s.dims + kLanes, 4 * s.dims);
+    }
+  }
+}
+
+static void join_segment(const TileLanes& s) {
+  float old_weights[kQueryRows], new_weights[kQueryRows];
+  for (int64_t r = 0; r < s.lanes; r += kLanes) {
+    const Join j = join(load(s.maximum + r), load(s.segment_maximum + r));
+    store(s.maximum + r, j.maximum);
+    store(s.total + r, joined(load(s.total + r), j.old_weight, load(s.segment_total + r), j.new_weight));
+    store(old_weights + r, j.old_weight);
+    store(new_weights + r, j.new_weight);
+  }
+  for (int64_t r = 0; r < s.lanes; ++r) {
+    for (int64_t at = r * s.dims; at < (r + 1) * s.dims; at += kLanes)
+      store(s.sums + at, joined(load(s.sums + at), splat(old_weights[r]), load(s.segment + at), splat(new_weights[r])));
+  }
+}
+
+// A lane's values times a factor, in order.
+static void write_values(const AttentionTask& t, const float* values, Floats factor, DType type, char* out) {
+  alignas(64) static constexpr int32_t kOrder[2][kLanes] = {{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}};
+  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    const float* from = values + d / kStep * kStep;
+    const __m512 mixed = _mm512_permutex2var_ps(_mm512_loadu_ps(from), _mm512_load_si512(kOrder[d / kLanes % 2]), _mm512_loadu_ps(from + kLanes));
+    store_some(type, out + d * size_of(type), Floats{{(FloatPart)mixed}} * factor, static_cast<int>(std::min<int64_t>(t.head_dim - d, kLanes)));
+  }
+}
+
+template <int kVectors>
+static void attend_segment(const AttentionTask& t, const TileLanes& s, Span span) {
+  score_tokens<kVectors>(t, s, span);
+  for (int v = 0; v < kVectors; ++v) soften(t, s, span, v);
+  pair_values(t, s, span);
+  weigh_values<kVectors>(s, span);
+}
+
+// One segment of one query; its softmax goes to the task's partials.
+template <int kVectors>
+static void attend_query(const AttentionTask& t, const TileLanes& s) {
+  attend_segment<kVectors>(t, s, span_of(t, t.begin / kSegment * kSegment));
+  for (int64_t r = 0; r < s.lanes; ++r) {
+    float* partial = t.partial + r * partial_floats(t.head_dim);
+    partial[0] = s.segment_maximum[r], partial[1] = s.segment_total[r];
+    write_values(t, s.segment + r * s.dims, splat(1.0f), DType::kF32, reinterpret_cast<char*>(partial + 2));
+  }
+}
+
+template <int kVectors>
+static void attend_block(const AttentionTask& t, const TileLanes& s) {
+  std::memset(s.sums, 0, sizeof(float) * s.lanes * s.dims);
+  for (int r = 0; r < kQueryRows; ++r) s.maximum[r] = kMasked, s.total[r] = 0.0f;
+  for (int64_t base = t.begin / kSegment * kSegment; base < t.end; base += kSegment) {
+    attend_segment<kVectors>(t, s, span_of(t, base));
+    join_segment(s);
+  }
+  for (int64_t r = 0; r < s.lanes; ++r) {
+    const Floats inverse = splat(1.0f) / max(splat(s.total[r]), splat(kLeastTotal));
+    char* out = static_cast<char*>(t.out) + ((t.first + r / t.group) * t.heads + t.head + r % t.group) * t.head_dim * size_of(t.q_type);
+    write_values(t, s.sums + r * s.dims, inverse, t.q_type, out);
+  }
+}
+
+static void attend_tiles(const AttentionTask& t, float* scratch) {
+  const TileLanes s = tile_lanes(t, scratch);
+  for (int64_t first = 0; first < s.lanes; first += kLanes) pair_queries(t, s, first, s.segment);
+  set_tile_shapes(64);
+  if (t.count == 1) s.lanes > kLanes ? attend_query<2>(t, s) : attend_query<1>(t, s);
+  else s.lanes > kLanes ? attend_block<2>(t, s) : attend_block<1>(t, s);
+  set_tile_shapes(0);
+}
+
+}  // namespace tars::TARS_ISA
