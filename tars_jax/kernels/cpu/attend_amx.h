@@ -80,10 +80,12 @@ struct Vectors {  // of several tokens
   int64_t stride;
 };
 
+// Whether 16 tokens from a multiple of 16 on stand one behind the other.
+TARS_INLINE bool in_runs(const AttentionTask& t) { return t.page % kTokens == 0; }
+
 // Keys of 16 tokens from `at` of a segment on, those outside of the span being anything.
 static Vectors keys_at(const AttentionTask& t, const TileLanes& s, Span span, int at) {
-  const int64_t bytes = 2 * t.head_dim;
-  if (t.page % kTokens == 0 && t.head_dim == s.dims) return {cached(t, t.k_pages, span.base + at), bytes};
+  if (in_runs(t) && t.head_dim == s.dims) return {cached(t, t.k_pages, span.base + at), 2 * t.head_dim};
   for (int i = 0; i < kTokens; ++i) {
     const bool seen = at + i >= span.begin && at + i < span.end;
     const char* key = seen ? cached(t, t.k_pages, span.base + at + i) : nullptr;
@@ -93,21 +95,21 @@ static Vectors keys_at(const AttentionTask& t, const TileLanes& s, Span span, in
   return {s.keys, 2 * s.dims};
 }
 
-TARS_INLINE void prefetch_vectors(const AttentionTask& t, const void* pages, int64_t token, int64_t end, int hint) {
-  for (const int64_t last = std::min(token + kTokens, end); token < last; ++token) {
-    const char* p = cached(t, pages, token);
-    for (int64_t at = 0; at < 2 * t.head_dim; at += 64) hint == 2 ? __builtin_prefetch(p + at, 0, 2) : __builtin_prefetch(p + at);
-  }
+// Brings vectors of 16 tokens into the second-level cache, those of a task from multiple `token` of 16 on.
+TARS_INLINE void prefetch_run(const AttentionTask& t, const void* pages, int64_t token) {
+  if (!in_runs(t) || token >= t.end || token + kTokens <= t.begin) return;
+  const char* p = cached(t, pages, token);
+  for (int64_t at = 0; at < kTokens * 2 * t.head_dim; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
 
 // A single query reads more than it computes: what it and the next task will want is fetched on the way.
 TARS_INLINE void prefetch_for(const AttentionTask& t, Span span, int at, const void* pages) {
   if (t.count > 1) return;
   if (pages == t.k_pages) {
-    prefetch_vectors(t, t.v_pages, span.base + std::max(at, span.begin), t.end, 0);
-    prefetch_vectors(t, t.k_pages, span.base + at + kAheadTokens, t.end, 0);
+    prefetch_run(t, t.v_pages, span.base + at);
+    prefetch_run(t, t.k_pages, span.base + at + kAheadTokens);
   }
-  if (t.next) prefetch_vectors(*t.next, pages, t.next->begin + std::max(span.base + at - t.begin, int64_t{0}), t.next->end, 2);
+  if (t.next) prefetch_run(*t.next, pages, t.next->begin / kSegment * kSegment + at);
 }
 
 template <int kVectors>
@@ -194,17 +196,25 @@ static void soften(const AttentionTask& t, const TileLanes& s, Span span, int ve
   store(s.segment_total + vector * kLanes, totals[0] + totals[1]);
 }
 
+TARS_INLINE void pair_vectors(const AttentionTask& t, const TileLanes& s, const char* first, const char* second, uint32_t* out) {
+  for (int64_t d = 0; d < s.dims; d += kStep) {
+    const __m512i a = load_words(first + 2 * d, t.head_dim - d), b = load_words(second + 2 * d, t.head_dim - d);
+    _mm512_storeu_si512(out + d, _mm512_mask_blend_epi16(kHighWords, a, _mm512_slli_epi32(b, 16)));
+    _mm512_storeu_si512(out + d + kLanes, _mm512_mask_blend_epi16(kHighWords, _mm512_srli_epi32(a, 16), b));
+  }
+}
+
 // Values of a segment's steps as pairs of tokens; zeros for those outside of the span.
 static void pair_values(const AttentionTask& t, const TileLanes& s, Span span) {
-  for (int at = span.begin / kStep * kStep; at < ceil_div(span.end, kStep) * kStep; at += 2) {
-    if (at % kTokens == 0) prefetch_for(t, span, at, t.v_pages);
-    const char* vectors[2];
-    find_values<Pairs>(t, span, at, vectors);
-    uint32_t* out = s.values + at / 2 * s.dims;
-    for (int64_t d = 0; d < s.dims; d += kStep) {
-      const __m512i a = load_words(vectors[0] + 2 * d, t.head_dim - d), b = load_words(vectors[1] + 2 * d, t.head_dim - d);
-      _mm512_storeu_si512(out + d, _mm512_mask_blend_epi16(kHighWords, a, _mm512_slli_epi32(b, 16)));
-      _mm512_storeu_si512(out + d + kLanes, _mm512_mask_blend_epi16(kHighWords, _mm512_srli_epi32(a, 16), b));
+  for (int at = span.begin / kStep * kStep; at < ceil_div(span.end, kStep) * kStep; at += kTokens) {
+    prefetch_for(t, span, at, t.v_pages);
+    const bool run = in_runs(t) && at >= span.begin && at + kTokens <= span.end;
+    const char* value = run ? cached(t, t.v_pages, span.base + at) : nullptr;
+    for (int i = at; i < at + kTokens; i += 2) {
+      const char* vectors[2];
+      if (run) vectors[0] = value, vectors[1] = value + 2 * t.head_dim, value += 4 * t.head_dim;
+      else find_values<Pairs>(t, span, i, vectors);
+      pair_vectors(t, s, vectors[0], vectors[1], s.values + i / 2 * s.dims);
     }
   }
 }
