@@ -236,11 +236,22 @@ def test_a_bad_number_stays_in_its_row(kind: Any, bad: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_row_does_not_depend_on_its_batch(kind: Any) -> None:
-    x, w = normals(37, 96), kernels.pack_tiles(weight(kind, 48, 96))
+    x, w = normals(47, 96), kernels.pack_tiles(weight(kind, 48, 96))
     together = np.asarray(kernels.norm_linear(jnp.asarray(x), None, 0.0, [w])[0])
-    for i in (0, 5, 8, 33, 36):
+    for i in (0, 5, 8, 33, 46):
         alone = kernels.norm_linear(jnp.asarray(x[i : i + 1]), None, 0.0, [w])[0]
         np.testing.assert_array_equal(np.asarray(alone)[0], together[i])
+
+
+@pytest.mark.parametrize("isa", ["each"], indirect=True)
+@pytest.mark.parametrize("kind", QUANTIZED, ids=str)
+@pytest.mark.parametrize("inputs", [96, 256])
+def test_amx_multiplies_codes_as_avx512_does(kind: Any, inputs: int) -> None:
+    x, w = normals(32, inputs), kernels.pack_tiles(weight(kind, 40, inputs))
+    results = [np.asarray(kernels.norm_linear(jnp.asarray(x), None, 0.0, [w])[0]) for _ in filter(native.use_isa, ("avx512", "amx"))]
+    if len(results) < 2:
+        pytest.skip("this machine has no AMX")
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("kind", [(4, 32, 0, "float16"), (5, 32, 1, "float16"), (6, 16, 0, "float32"), (8, 32, 0, "float16")], ids=str)

@@ -81,7 +81,7 @@ def test_the_cache_takes_what_is_planned(dtype: Any) -> None:
     assert nbytes(init_state(CONFIG, engine).cache) == 320 * planning.cache_nbytes_per_token(CONFIG, dtype)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
 def test_the_cache_holds_what_the_processor_multiplies(isa: str) -> None:
     before = native.isa()
     if not native.use_isa(isa):
@@ -91,7 +91,7 @@ def test_the_cache_holds_what_the_processor_multiplies(isa: str) -> None:
     finally:
         native.use_isa(before)
     assert chosen == ("bfloat16" if multiplies else "float16")
-    assert isa == "avx512" or not multiplies
+    assert isa in ("avx512", "amx") or not multiplies
     assert resolve(EngineConfig(cache_dtype="float32"), tiny_model()).cache_dtype == "float32"
 
 

@@ -47,7 +47,7 @@ def available() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or portable. ``TARS_CPU_ISA`` forces one that the machine has."""
+    """The instruction set in use: amx, avx512, avx2 or portable. ``TARS_CPU_ISA`` forces one that the machine has."""
     name: bytes = get().tars_isa()
     return name.decode()
 
