@@ -169,8 +169,8 @@ struct QuantizedBlock {
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = splat(0.0f);
     Fetcher<kTiles> fetcher({{ahead.tiles[0], ahead.tiles[1]}, kBytes, ahead.turn, ahead.turns});
-    for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetcher.reached(at / kBytes);
+    for (int64_t block = 0, at = 0; block < blocks; ++block, at += kBytes, x += kPanel) {
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(block);
       add_block<kTiles, kRows>(tiles, at, x, total);
     }
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
@@ -189,18 +189,18 @@ struct DenseBlock {
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) even[t][r] = odd[t][r] = splat(0.0f);
     Fetcher<kTiles> fetcher({{ahead.tiles[0], ahead.tiles[1]}, kBytes, ahead.turn, ahead.turns});
-    for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += 2 * kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetcher.reached(at / kBytes);
+    for (int64_t block = 0, at = 0; block < blocks; ++block, at += kBytes, x += 2 * kPanel) {
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(block);
       TARS_UNROLL for (int t = 0; t < kTiles; ++t) {
-        const uint8_t* block = tiles[t] + at;
+        const uint8_t* place = tiles[t] + at;
         Floats w0, w1;
         if constexpr (kType == DType::kBF16) {
-          Ints pair = load_ints(block);
+          Ints pair = load_ints(place);
           w0 = as_floats(shift_left<16>(pair));
           w1 = as_floats(pair & splat(static_cast<int32_t>(0xffff0000)));
         } else {
-          w0 = load_as(kType, block);
-          w1 = load_as(kType, block + kBytes / 2);
+          w0 = load_as(kType, place);
+          w1 = load_as(kType, place + kBytes / 2);
         }
         TARS_UNROLL for (int r = 0; r < kRows; ++r) even[t][r] = fma(w0, splat(x[r]), even[t][r]);
         TARS_UNROLL for (int r = 0; r < kRows; ++r) odd[t][r] = fma(w1, splat(x[kPanel + r]), odd[t][r]);
@@ -223,8 +223,8 @@ struct PairBlock {
     TARS_UNROLL for (int t = 0; t < kTiles; ++t)
       TARS_UNROLL for (int r = 0; r < kRows; ++r) total[t][r] = _mm512_setzero_ps();
     Fetcher<kTiles> fetcher({{ahead.tiles[0], ahead.tiles[1]}, kBytes, ahead.turn, ahead.turns});
-    for (int64_t at = 0; at < blocks * kBytes; at += kBytes, x += kPanel) {
-      if constexpr (kRows >= kFetchingRows) fetcher.reached(at / kBytes);
+    for (int64_t block = 0, at = 0; block < blocks; ++block, at += kBytes, x += kPanel) {
+      if constexpr (kRows >= kFetchingRows) fetcher.reached(block);
       __m512bh w[kTiles];
       TARS_UNROLL for (int t = 0; t < kTiles; ++t) w[t] = (__m512bh)_mm512_loadu_si512(tiles[t] + at);
       TARS_UNROLL for (int r = 0; r < kRows; ++r) {

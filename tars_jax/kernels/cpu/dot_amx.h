@@ -14,8 +14,8 @@ namespace tars::TARS_ISA {
 #define TARS_EACH_ROW(r) _Pragma("GCC unroll 16") for (int r = 0; r < kPanel; ++r)
 #endif
 
-// Whether so many rows are faster here: a panel costs the same whether it is full or not.
-inline bool fills_panels(int64_t rows) { return 4 * ceil_div(rows, kPanel) * kPanel <= 5 * rows; }
+// Whether so many rows are faster here: a panel costs the same whether it is full or not, and one alone does not pay for the unpacking.
+inline bool fills_panels(int64_t rows) { return rows > kPanel && 4 * ceil_div(rows, kPanel) * kPanel <= 5 * rows; }
 
 // A block of a quantised tile as AMX takes it, whatever its type: 8 vectors of 16 outputs x 4 signed codes, then scales and minima in
 // float32, [halves][16].

@@ -50,7 +50,7 @@ class ProductRunner {
 
   const Product p_;
   const Kernels& k_;
-  const int64_t panels_, block_panels_;  // in all, and those whose rows stay in a second-level cache
+  const int64_t panels_;
   std::vector<Kernels::Dot> dots_;
   std::vector<int64_t> chunks_;  // where each begins, and where the last ends: tiles
   bool want_groups_ = false, want_tiles_ = false, want_floats_ = false, want_pairs_ = false;
