@@ -12,6 +12,8 @@
 //            take the place of dimensions, and pairs of tokens that of tokens
 //   result   segments joined one after the other (`join`), times one over the total at the end
 // Tokens that a query does not see weigh exactly 0 and so change no bit.
+//
+// AMX multiplies pairs in an order of its own, which is the same for any number of queries: there one shape does for all of them.
 #pragma once
 #include "attend_block.h"
 #include "attend_query.h"

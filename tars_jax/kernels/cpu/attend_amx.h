@@ -7,7 +7,7 @@
 #pragma once
 #include <algorithm>
 
-#include "segment.h"
+#include "attend_block.h"
 #include "tile_registers.h"
 
 namespace tars::TARS_ISA {
@@ -135,40 +135,13 @@ static void score_tokens(const AttentionTask& t, const TileLanes& s, Span span) 
   }
 }
 
-// 2**x, with an error of 1e-4: a twentieth of what rounding to bfloat16 makes. 2**-inf is 0.
-TARS_INLINE Floats power_of_two(Floats x) {
-  const Floats f = {{(FloatPart)_mm512_reduce_ps((__m512)x.part[0], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}};  // in [0, 1]
-  Floats p = fma(splat(0.0782679655f), f, splat(0.2263076777f));
-  p = fma(fma(p, f, splat(0.6954243568f)), f, splat(1.0f));
-  return {{(FloatPart)_mm512_scalef_ps((__m512)p.part[0], (__m512)x.part[0])}};
-}
-
-// The largest scores of 16 lanes; scores that a lane does not see are masked, in place.
-static Floats largest(const AttentionTask& t, float* scores, Span span, const Sight& sight) {
-  Floats top[4];
-  for (Floats& x : top) x = splat(kMasked);
-  if (sight.all && t.softcap <= 0) {
-    int i = span.begin;
-    for (; i + 4 <= span.end; i += 4)
-      TARS_UNROLL for (int j = 0; j < 4; ++j) top[j] = max(load(scores + (i + j) * kQueryRows), top[j]);
-    for (; i < span.end; ++i) top[0] = max(load(scores + i * kQueryRows), top[0]);
-  } else {
-    for (int i = span.begin; i < span.end; ++i) {
-      const Floats x = masked(sight, softcap(load(scores + i * kQueryRows), t.softcap), span.base + i);
-      store(scores + i * kQueryRows, x);
-      top[0] = max(x, top[0]);
-    }
-  }
-  return max(max(top[0], top[1]), max(top[2], top[3]));
-}
-
 // Scores of a pair of tokens and 16 lanes to weights, as an element; adds them to the totals.
 template <bool kMask>
 TARS_INLINE Floats weigh(const float* scores, Floats offset, Floats (&totals)[2]) {
   Floats weights[2];
   TARS_UNROLL for (int i = 0; i < 2; ++i) {
     const Floats x = load(scores + i * kQueryRows);
-    weights[i] = power_of_two(fma(x, splat(1.44269504f), offset));
+    weights[i] = Pairs::weight(x, offset);
     if constexpr (kMask) weights[i] = select(less(splat(kMasked), x), weights[i], select(less(x, splat(0.0f)), splat(0.0f), weights[i]));
     totals[i] = totals[i] + weights[i];
   }
@@ -181,7 +154,7 @@ TARS_INLINE Floats weigh(const float* scores, Floats offset, Floats (&totals)[2]
 static void soften(const AttentionTask& t, const TileLanes& s, Span span, int vector) {
   float* scores = s.scores + vector * kLanes;
   const Sight sight = sight_of(t, span, vector);
-  const Floats top = largest(t, scores, span, sight), offset = top * splat(-1.44269504f);
+  const Floats top = largest(t, scores, span, sight), offset = Pairs::offset(top);
   for (int i = span.begin / kStep * kStep; i < span.begin; ++i) store(scores + i * kQueryRows, splat(kMasked));
   for (int i = span.end; i % kStep; ++i) store(scores + i * kQueryRows, splat(kMasked));
   Floats totals[2] = {splat(0.0f), splat(0.0f)};

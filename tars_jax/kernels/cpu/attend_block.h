@@ -123,26 +123,37 @@ TARS_INLINE Sight sight_of(const AttentionTask& t, Span span, int vector) {
   return {t.window ? last - splat(static_cast<int32_t>(t.window)) : splat(-1), last, all};
 }
 
+// The largest scores of 16 lanes; scores that a lane does not see are masked, in place.
+static Floats largest(const AttentionTask& t, float* scores, Span span, const Sight& sight) {
+  Floats top[4];
+  for (Floats& x : top) x = splat(kMasked);
+  if (sight.all && t.softcap <= 0) {
+    int i = span.begin;
+    for (; i + 4 <= span.end; i += 4)
+      TARS_UNROLL for (int j = 0; j < 4; ++j) top[j] = max(load(scores + (i + j) * kQueryRows), top[j]);
+    for (; i < span.end; ++i) top[0] = max(load(scores + i * kQueryRows), top[0]);
+  } else {
+    for (int i = span.begin; i < span.end; ++i) {
+      const Floats x = masked(sight, softcap(load(scores + i * kQueryRows), t.softcap), span.base + i);
+      store(scores + i * kQueryRows, x);
+      top[0] = max(x, top[0]);
+    }
+  }
+  return max(max(top[0], top[1]), max(top[2], top[3]));
+}
+
 // A segment's scores to weights, in place; its maximum and total.
+template <class Terms>
 static void softmax_lanes(const AttentionTask& t, const Lanes& s, Span span, int vectors) {
   for (int v = 0; v < vectors; ++v) {
     float* scores = s.scores + v * kLanes;
     const Sight sight = sight_of(t, span, v);
-    Floats top = splat(kMasked);
-    if (sight.all && t.softcap <= 0) {
-      for (int i = span.begin; i < span.end; ++i) top = max(load(scores + i * kQueryRows), top);
-    } else {
-      for (int i = span.begin; i < span.end; ++i) {
-        const Floats x = masked(sight, softcap(load(scores + i * kQueryRows), t.softcap), span.base + i);
-        store(scores + i * kQueryRows, x);
-        top = max(x, top);
-      }
-    }
+    const Floats top = largest(t, scores, span, sight), offset = Terms::offset(top);
     Floats sums[kLanes];
     for (int i = 0; i < kLanes; ++i) sums[i] = splat(0.0f);
     for (int i = span.begin; i < span.end; ++i) {
       const Floats x = load(scores + i * kQueryRows);
-      Floats weight = exp_of_negative(x - top);
+      Floats weight = Terms::weight(x, offset);
       if (!sight.all) weight = select(less(splat(kMasked), x), weight, select(less(x, splat(0.0f)), splat(0.0f), weight));
       store(scores + i * kQueryRows, weight);
       sums[i % kLanes] = sums[i % kLanes] + weight;
@@ -214,7 +225,7 @@ static void attend_segment(const AttentionTask& t, const Lanes& s, Span span) {
     for (; i + kTokens <= tokens; i += kTokens) score_block<Terms, kVectors, kTokens>(s.queries, keys + i * elements, elements, scores + i * kQueryRows);
     for (; i < tokens; ++i) score_block<Terms, kVectors, 1>(s.queries, keys + i * elements, elements, scores + i * kQueryRows);
   }
-  softmax_lanes(t, s, span, kVectors);
+  softmax_lanes<Terms>(t, s, span, kVectors);
   if constexpr (Terms::kNumbers == 2) pair_weights(s, span, kVectors);
   std::memset(s.segment, 0, sizeof(float) * dim * kQueryRows);
   for (int from = span.begin / Terms::kNumbers * Terms::kNumbers; from < span.end; from += kChunkTokens) {

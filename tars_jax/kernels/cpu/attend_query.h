@@ -112,6 +112,7 @@ TARS_INLINE void values_few(const AttentionTask& t, Span span, int64_t d, const 
 }
 
 // A segment's scores to weights, in place; those outside the span get weight 0.
+template <class Terms>
 TARS_INLINE void softmax_few(float* scores, Span span, float cap, float* maximum, float* total) {
   Floats top = splat(kMasked);
   for (int i = 0; i < span.end; i += kLanes) {
@@ -121,11 +122,11 @@ TARS_INLINE void softmax_few(float* scores, Span span, float cap, float* maximum
     store(scores + i, x);
     top = max(x, top);
   }
-  const Floats peak = splat(max_of(top));
+  const Floats offset = Terms::offset(splat(max_of(top)));
   Floats sums = splat(0.0f);
   for (int i = 0; i < span.end; i += kLanes) {
     const Ints at = iota() + splat(i);
-    Floats w = exp_of_negative(load(scores + i) - peak);
+    Floats w = Terms::weight(load(scores + i), offset);
     w = select(less(at, splat(span.begin)), splat(0.0f), select(less(at, splat(span.end)), w, splat(0.0f)));
     store(scores + i, w);
     sums = sums + w;
@@ -163,7 +164,7 @@ static void attend_few(const AttentionTask& t, float* scratch, int64_t head) {
   for (int h = 0; h < kHeads; ++h) {
     float* partial = t.partial + (head + h) * partial_floats(t.head_dim);
     std::memset(scores + h * kSegment, 0, sizeof(float) * (span.begin / kLanes * kLanes));
-    softmax_few(scores + h * kSegment, span, t.softcap, partial, partial + 1);
+    softmax_few<Terms>(scores + h * kSegment, span, t.softcap, partial, partial + 1);
     if constexpr (Terms::kNumbers == 2) to_pairs(scores + h * kSegment, kSegment);
   }
   constexpr int kVectors = kHeads * kParts > 6 ? 1 : kHeads * kParts > 3 ? 2 : 4;  // sums that stay in 16 registers
