@@ -15,7 +15,6 @@ namespace tars::TARS_ISA {
 constexpr int kStep = 32;  // dimensions or tokens of one multiplication
 constexpr int kTokens = 16;
 constexpr int kSegmentSteps = kSegment / kStep;
-constexpr int kAheadTokens = 64;  // of keys fetched before they are needed
 
 struct TileLanes {  // scratch of one task; lanes are kQueryRows
   int64_t dims;        // head_dim padded to kStep
@@ -23,7 +22,6 @@ struct TileLanes {  // scratch of one task; lanes are kQueryRows
   float* scores;       // [tokens of a segment][lanes]
   uint32_t* queries;   // [dims / 2][lanes]: pairs
   uint32_t* weights;   // [lanes / 16][steps][16 lanes][16 pairs of tokens]
-  uint32_t* values;    // [pairs of tokens][dims]
   char* keys;          // [16][dims]: those that cannot be taken where they are
   float *sums, *segment;                   // [lanes][dims]: of the segments so far, and of this one
   float *maximum, *total;                  // [lanes]
@@ -42,7 +40,6 @@ static TileLanes tile_lanes(const AttentionTask& t, float* scratch) {
   s.scores = take(kSegment * kQueryRows);
   s.queries = reinterpret_cast<uint32_t*>(take(s.dims / 2 * kQueryRows));
   s.weights = reinterpret_cast<uint32_t*>(take(kSegment / 2 * kQueryRows));
-  s.values = reinterpret_cast<uint32_t*>(take(kSegment / 2 * s.dims));
   s.keys = reinterpret_cast<char*>(take(kTokens * s.dims / 2));
   s.sums = take(kQueryRows * s.dims);
   s.segment = take(kQueryRows * s.dims);
@@ -102,21 +99,16 @@ TARS_INLINE void prefetch_run(const AttentionTask& t, const void* pages, int64_t
   for (int64_t at = 0; at < kTokens * 2 * t.head_dim; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
 
-// A single query reads more than it computes: what it and the next task will want is fetched on the way.
-TARS_INLINE void prefetch_for(const AttentionTask& t, Span span, int at, const void* pages) {
-  if (t.count > 1) return;
-  if (pages == t.k_pages) {
-    prefetch_run(t, t.v_pages, span.base + at);
-    prefetch_run(t, t.k_pages, span.base + at + kAheadTokens);
-  }
-  if (t.next) prefetch_run(*t.next, pages, t.next->begin / kSegment * kSegment + at);
+// A single query reads more than it computes: what the next task will want is fetched on the way.
+TARS_INLINE void prefetch_next_run(const AttentionTask& t, const void* pages, int at) {
+  if (t.count == 1 && t.next) prefetch_run(*t.next, pages, t.next->begin / kSegment * kSegment + at);
 }
 
 template <int kVectors>
 static void score_tokens(const AttentionTask& t, const TileLanes& s, Span span) {
   for (int at = span.begin / kTokens * kTokens; at < span.end; at += kTokens) {
     const Vectors keys = keys_at(t, s, span, at);
-    prefetch_for(t, span, at, t.k_pages);
+    prefetch_next_run(t, t.k_pages, at);
     clear_tile<0>();
     if constexpr (kVectors == 2) clear_tile<1>();
     for (int64_t d = 0; d < s.dims; d += kStep) {
@@ -169,55 +161,65 @@ static void soften(const AttentionTask& t, const TileLanes& s, Span span, int ve
   store(s.segment_total + vector * kLanes, totals[0] + totals[1]);
 }
 
-TARS_INLINE void pair_vectors(const AttentionTask& t, const TileLanes& s, const char* first, const char* second, uint32_t* out) {
-  for (int64_t d = 0; d < s.dims; d += kStep) {
+// Values of two tokens, dimensions [from, to), as pairs.
+TARS_INLINE void pair_vectors(const AttentionTask& t, const char* first, const char* second, int64_t from, int64_t to, uint32_t* out) {
+  for (int64_t d = from; d < to; d += kStep, out += kStep) {
     const __m512i a = load_words(first + 2 * d, t.head_dim - d), b = load_words(second + 2 * d, t.head_dim - d);
-    _mm512_storeu_si512(out + d, _mm512_mask_blend_epi16(kHighWords, a, _mm512_slli_epi32(b, 16)));
-    _mm512_storeu_si512(out + d + kLanes, _mm512_mask_blend_epi16(kHighWords, _mm512_srli_epi32(a, 16), b));
+    _mm512_storeu_si512(out, _mm512_mask_blend_epi16(kHighWords, a, _mm512_slli_epi32(b, 16)));
+    _mm512_storeu_si512(out + kLanes, _mm512_mask_blend_epi16(kHighWords, _mm512_srli_epi32(a, 16), b));
   }
 }
 
-// Values of a segment's steps as pairs of tokens; zeros for those outside of the span.
-static void pair_values(const AttentionTask& t, const TileLanes& s, Span span) {
-  for (int at = span.begin / kStep * kStep; at < ceil_div(span.end, kStep) * kStep; at += kTokens) {
-    prefetch_for(t, span, at, t.v_pages);
+// The same of 32 tokens from `begin` of a segment on, [pairs of tokens][kWidth]; zeros for those outside of the span.
+template <int kWidth>
+static void pair_values(const AttentionTask& t, Span span, int begin, int64_t from, int64_t to, uint32_t* out) {
+  for (int at = begin; at < begin + kStep; at += kTokens) {
+    if (from == 0) prefetch_next_run(t, t.v_pages, at);
     const bool run = in_runs(t) && at >= span.begin && at + kTokens <= span.end;
     const char* value = run ? cached(t, t.v_pages, span.base + at) : nullptr;
-    for (int i = at; i < at + kTokens; i += 2) {
+    for (int i = at; i < at + kTokens; i += 2, out += kWidth) {
       const char* vectors[2];
       if (run) vectors[0] = value, vectors[1] = value + 2 * t.head_dim, value += 4 * t.head_dim;
       else find_values<Pairs>(t, span, i, vectors);
-      pair_vectors(t, s, vectors[0], vectors[1], s.values + i / 2 * s.dims);
+      pair_vectors(t, vectors[0], vectors[1], from, to, out);
     }
   }
 }
 
-// Weights times values, to the segment's sums.
+// Weights times values, to the segment's sums: four results at once, of one or two vectors of lanes.
 template <int kVectors>
-static void weigh_values(const TileLanes& s, Span span) {
-  constexpr int kTile = kLanes * kLanes;
-  for (int64_t d = 0; d < s.dims; d += kStep) {
+static void weigh_values(const AttentionTask& t, const TileLanes& s, Span span) {
+  constexpr int kWidth = kLanes * 4 / kVectors;  // dimensions at once
+  alignas(64) uint32_t values[kLanes * kWidth];
+  for (int64_t d = 0; d < s.dims; d += kWidth) {
+    const int64_t end = std::min(d + kWidth, s.dims);
     clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
     for (int step = span.begin / kStep; step < ceil_div(span.end, kStep); ++step) {
-      const uint32_t* values = s.values + step * kLanes * s.dims + d;
-      load_tile<4>(s.weights + step * kTile, 64);
-      load_tile<6>(values, 4 * s.dims);
-      load_tile<7>(values + kLanes, 4 * s.dims);
+      pair_values<kWidth>(t, span, step * kStep, d, end, values);
+      const uint32_t* weights = s.weights + step * kLanes * kLanes;
+      load_tile<4>(weights, 64);
+      load_tile<6>(values, 4 * kWidth);
+      load_tile<7>(values + kLanes, 4 * kWidth);
       multiply_pairs<0, 4, 6>();
       multiply_pairs<1, 4, 7>();
       if constexpr (kVectors == 2) {
-        load_tile<5>(s.weights + (kSegmentSteps + step) * kTile, 64);
+        load_tile<5>(weights + kSegmentSteps * kLanes * kLanes, 64);
         multiply_pairs<2, 5, 6>();
         multiply_pairs<3, 5, 7>();
+      } else if (end - d == kWidth) {
+        load_tile<6>(values + 2 * kLanes, 4 * kWidth);
+        load_tile<7>(values + 3 * kLanes, 4 * kWidth);
+        multiply_pairs<2, 4, 6>();
+        multiply_pairs<3, 4, 7>();
       }
     }
     float* out = s.segment + d;
+    float* more = kVectors == 2 ? out + kLanes * s.dims : out + kStep;
     store_tile<0>(out, 4 * s.dims);
     store_tile<1>(out + kLanes, 4 * s.dims);
-    if constexpr (kVectors == 2) {
-      store_tile<2>(out + kLanes * s.dims, 4 * s.dims);
-      store_tile<3>(out + kLanes * s.dims + kLanes, 4 * s.dims);
-    }
+    if (kVectors == 1 && end - d < kWidth) continue;
+    store_tile<2>(more, 4 * s.dims);
+    store_tile<3>(more + kLanes, 4 * s.dims);
   }
 }
 
@@ -250,8 +252,7 @@ template <int kVectors>
 static void attend_segment(const AttentionTask& t, const TileLanes& s, Span span) {
   score_tokens<kVectors>(t, s, span);
   for (int v = 0; v < kVectors; ++v) soften(t, s, span, v);
-  pair_values(t, s, span);
-  weigh_values<kVectors>(s, span);
+  weigh_values<kVectors>(t, s, span);
 }
 
 // One segment of one query; its softmax goes to the task's partials.

@@ -120,7 +120,7 @@ const Kernels& kernels();  // the best of them, or what TARS_CPU_ISA forces
 bool use_kernels(const char* name);  // others from now on; false if they do not exist here
 
 // Floats of scratch an AttentionTask needs, whichever way it goes: scores; keys or values; queries, two results, some numbers a lane.
-inline int64_t attention_scratch(int64_t head_dim) { return 152 * (ceil_div(head_dim, 32) * 32) + 6272; }
+inline int64_t attention_scratch(int64_t head_dim) { return 128 * (ceil_div(head_dim, 32) * 32) + 6400; }
 inline int64_t partial_floats(int64_t head_dim) { return head_dim + 2; }
 
 }  // namespace tars
