@@ -92,7 +92,7 @@ static Vectors keys_at(const AttentionTask& t, const TileLanes& s, Span span, in
   return {s.keys, 2 * s.dims};
 }
 
-// Brings vectors of 16 tokens into the second-level cache, those of a task from multiple `token` of 16 on.
+// Brings vectors of 16 tokens into the second-level cache, from `token`, a multiple of 16, on.
 TARS_INLINE void prefetch_run(const AttentionTask& t, const void* pages, int64_t token) {
   if (!in_runs(t) || token >= t.end || token + kTokens <= t.begin) return;
   const char* p = cached(t, pages, token);
