@@ -1,6 +1,7 @@
 """Building the kernels' library: cached, checked before it is opened, and never in the way when it cannot be built."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,22 @@ def test_a_compiler_that_fails_is_a_build_error(tmp_path: Path) -> None:
     with pytest.raises(build.BuildError, match="false"):
         build.build(tmp_path, ["false"])
     assert not (tmp_path / build.LIBRARY).exists()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+def test_a_compiler_that_does_not_know_amx_builds_without_it(tmp_path: Path) -> None:
+    compiler, calls = tmp_path / "old-c++", tmp_path / "calls"
+    compiler.write_text(f"""#!/bin/sh
+echo "$*" >> {calls}
+case "$*" in *-mamx*) echo "unrecognized option" >&2; exit 1;; esac
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+""")
+    compiler.chmod(0o755)
+    build.build(tmp_path / "out", [str(compiler)])
+    of_amx = [line for line in calls.read_text().splitlines() if "isa_amx.cc" in line]
+    assert ["-mamx-int8" in line for line in of_amx] == [True, False]
+    assert (tmp_path / "out" / build.LIBRARY).exists()
 
 
 def test_the_named_compiler_comes_first(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libtars_cpu.so"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-Wno-psabi")
-# Flags of single files. The portable path is a fallback: -O2 halves its compile time.
+# Flags of single files.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 X86_FLAGS: dict[str, tuple[str, ...]] = {
@@ -39,7 +39,7 @@ X86_FLAGS: dict[str, tuple[str, ...]] = {
     "isa_amx.cc": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 NEWEST = ("isa_amx.cc",)  # whose flags older compilers do not know; without them these files compile to nothing
-FILE_FLAGS: dict[str, tuple[str, ...]] = {"isa_portable.cc": ("-O2",)}
+FILE_FLAGS: dict[str, tuple[str, ...]] = {"isa_portable.cc": ("-O2",)}  # a fallback: this halves its compile time
 COMPILE_JOBS = 2
 COMPILE_TIMEOUT = 900  # seconds a file: it takes half a minute, and much more with sanitizers on a busy machine
 
@@ -164,9 +164,10 @@ def _compile(compiler: list[str], scratch: Path) -> None:
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")
         try:
             compile_with((*FILE_FLAGS.get(path.name, ()), *(X86_FLAGS.get(path.name, ()) if is_x86 else ())))
-        except BuildError:
+        except BuildError as error:
             if path.name not in NEWEST:
                 raise
+            logger.info("the kernels do without %s, which this compiler refuses: %s", path.stem, error)
             compile_with(())
 
     slow_first = sorted(range(len(units)), key=lambda i: not units[i].name.startswith("isa_"))

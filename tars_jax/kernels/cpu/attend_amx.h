@@ -13,7 +13,7 @@
 namespace tars::TARS_ISA {
 
 constexpr int kStep = 32;  // dimensions or tokens of one multiplication
-constexpr int kTokens = 16;
+constexpr int kTokens = 16;  // whose keys are scored at once
 constexpr int kSegmentSteps = kSegment / kStep;
 
 struct TileLanes {  // scratch of one task; lanes are kQueryRows
@@ -30,11 +30,9 @@ struct TileLanes {  // scratch of one task; lanes are kQueryRows
 
 constexpr __mmask32 kHighWords = 0xaaaaaaaa;  // of each 32 bits
 
-inline int64_t padded_to_step(int64_t head_dim) { return ceil_div(head_dim, kStep) * kStep; }
-
 static TileLanes tile_lanes(const AttentionTask& t, float* scratch) {
   TileLanes s;
-  s.dims = padded_to_step(t.head_dim);
+  s.dims = ceil_div(t.head_dim, kStep) * kStep;
   s.lanes = t.count * t.group;
   const auto take = [&scratch](int64_t floats) { return scratch += floats, scratch - floats; };
   s.scores = take(kSegment * kQueryRows);
