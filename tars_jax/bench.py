@@ -147,6 +147,7 @@ def measure_stages(model: Model, count: int, repetitions: int) -> Stages:
         query_starts=jnp.array([0, count], jnp.int32),
         kv_lengths=jnp.array([cached + count], jnp.int32),
         page_tables=jnp.arange(1, pages + 1, dtype=jnp.int32)[None],
+        prompts_at=jnp.zeros(1, jnp.int32) if count > 1 else None,
     )
     rows = unpack_rows(jnp.asarray(pack_row(length=cached + count)[None]), no_extras(1, config.vocab_size))
     table, mu = jnp.zeros((1, cached + count), jnp.int32), jnp.zeros(1, jnp.float32)

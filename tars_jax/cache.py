@@ -40,6 +40,9 @@ class RaggedBatch:
     query_starts: int32 [R + 1], where each row's run begins; padding rows are empty runs.
     kv_lengths: int32 [R], tokens in the row's cache once this batch is written (0 for padding rows).
     page_tables: int32 [R, P].
+    prompts_at: int32 [1], the token from which on all are a prompt's, those before being generated ones; None: there is no prompt. Kernels
+    may have an arithmetic for each (with AMX quantised weights become bfloat16 for a prompt's tokens, while the others' states are rounded
+    to 8 bits), so that what becomes of a token never depends on how many others are computed with it.
     """
 
     tokens: jax.Array
@@ -47,6 +50,7 @@ class RaggedBatch:
     query_starts: jax.Array
     kv_lengths: jax.Array
     page_tables: jax.Array
+    prompts_at: jax.Array | None = None
 
     @property
     def rows(self) -> jax.Array:

@@ -227,7 +227,7 @@ def _block(
     slots = slots[0] + first_page, slots[1]
     batch = dataclasses.replace(batch, page_tables=batch.page_tables + first_page)
     eps, biases = config.norm_eps, (layer.q_bias, layer.k_bias, layer.v_bias)
-    q, k, v = ops.norm_linear(x, layer.attention_norm, eps, (layer.q, layer.k, layer.v), biases)
+    q, k, v = ops.norm_linear(x, layer.attention_norm, eps, (layer.q, layer.k, layer.v), biases, None, batch.prompts_at)
     heads, pages = ops.attend(
         q.reshape(-1, config.num_heads, config.head_dim),
         k.reshape(-1, config.num_kv_heads, config.head_dim),
@@ -242,7 +242,7 @@ def _block(
     )
     weights = (layer.o, layer.gate, layer.up, layer.down)
     rest = (layer.o_bias, layer.gate_bias, layer.up_bias, layer.down_bias)
-    return ops.output_mlp(heads.reshape(q.shape), x, layer.mlp_norm, weights, rest, config, axis), pages
+    return ops.output_mlp(heads.reshape(q.shape), x, layer.mlp_norm, weights, rest, config, axis, batch.prompts_at), pages
 
 
 def logits(params: Decoder, config: ModelConfig, hidden: jax.Array) -> jax.Array:

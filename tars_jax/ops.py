@@ -30,12 +30,12 @@ def uses_kernels(w: Weight) -> bool:
     return isinstance(innermost(w), kernels.Tiled)
 
 
-def matmul(x: jax.Array, w: Weight) -> jax.Array:
+def matmul(x: jax.Array, w: Weight, prompts_at: jax.Array | None = None) -> jax.Array:
     """``x @ w.T``: [T, K] times a weight [O, K] -> [T, O], in x's dtype with float32 accumulation."""
     if uses_kernels(w):
-        return kernels.norm_linear(x, None, 0.0, [w])[0]
+        return kernels.norm_linear(x, None, 0.0, [w], prompts_at=prompts_at)[0]
     if isinstance(w, LowRank):
-        return matmul(x, w.base) + _update(x, w)
+        return matmul(x, w.base, prompts_at) + _update(x, w)
     if isinstance(w, Observed):
         io_callback(w.record, None, w.index, jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0))
         return matmul(x, w.base)
@@ -71,12 +71,15 @@ def norm_linear(
     weights: Sequence[Weight],
     biases: Sequence[jax.Array | None],
     activation: Activation | None = None,
+    prompts_at: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``activate(rms_norm(x) @ w.T + bias)`` for each of several weights. Without ``norm`` x is used as it is."""
+    """``activate(rms_norm(x) @ w.T + bias)`` for each of several weights. Without ``norm`` x is used as it is.
+
+    ``prompts_at`` is the batch's, here and below."""
     if all(uses_kernels(w) for w in weights):
-        return kernels.norm_linear(x, norm, eps, weights, biases, activation=activation)
+        return kernels.norm_linear(x, norm, eps, weights, biases, activation=activation, prompts_at=prompts_at)
     normed = x if norm is None else rms_norm(x, norm, eps)
-    results = [_biased(matmul(normed, w), bias) for w, bias in zip(weights, biases, strict=True)]
+    results = [_biased(matmul(normed, w, prompts_at), bias) for w, bias in zip(weights, biases, strict=True)]
     return tuple(y if activation is None else activate(y, activation) for y in results)
 
 
@@ -88,23 +91,31 @@ def gated(
     up: Weight,
     biases: Sequence[jax.Array | None],
     activation: Activation,
+    prompts_at: jax.Array | None = None,
 ) -> jax.Array:
     """``activate(n @ gate.T + bias) * (n @ up.T + bias)`` of the normed input n (SwiGLU and its kin)."""
     if uses_kernels(gate) and uses_kernels(up):
-        return kernels.gated(x, norm, eps, gate, up, activation, *biases)
-    g, u = norm_linear(x, norm, eps, [gate, up], biases)
+        return kernels.gated(x, norm, eps, gate, up, activation, *biases, prompts_at=prompts_at)
+    g, u = norm_linear(x, norm, eps, [gate, up], biases, None, prompts_at)
     return activate(g, activation) * u
 
 
-def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array, axis: str | None = None) -> jax.Array:
+def linear_add(
+    x: jax.Array,
+    w: Weight,
+    bias: jax.Array | None,
+    residual: jax.Array,
+    axis: str | None = None,
+    prompts_at: jax.Array | None = None,
+) -> jax.Array:
     """``residual + x @ w.T + bias``; with a mesh ``axis`` the product is summed over it, each device holding part of the inputs.
 
     The bias is [O]; or [N, O], one for each of N equal runs of rows, as a `LowRank` has them."""
     if axis is not None:
-        return residual + _biased(lax.psum(matmul(x, w), axis), bias)
+        return residual + _biased(lax.psum(matmul(x, w, prompts_at), axis), bias)
     if uses_kernels(w):
-        return kernels.linear_add(x, w, bias, residual)
-    return residual + _biased(matmul(x, w), bias)
+        return kernels.linear_add(x, w, bias, residual, prompts_at)
+    return residual + _biased(matmul(x, w, prompts_at), bias)
 
 
 def output_mlp(
@@ -115,18 +126,19 @@ def output_mlp(
     biases: Sequence[jax.Array | None],
     config: ModelConfig,
     axis: str | None = None,
+    prompts_at: jax.Array | None = None,
 ) -> jax.Array:
     """What follows attention in a block: the output projection of heads [T, H * hd] onto the residual [T, D], and the feed-forward.
 
     weights and biases: output projection, gate (None where there is none), up, down. ``axis`` as in `linear_add`.
     """
     output, gate, up, down = weights
-    x = linear_add(heads, output, biases[0], residual, axis)
+    x = linear_add(heads, output, biases[0], residual, axis, prompts_at)
     if gate is None:
-        (inner,) = norm_linear(x, norm, config.norm_eps, (up,), (biases[2],), config.activation)
+        (inner,) = norm_linear(x, norm, config.norm_eps, (up,), (biases[2],), config.activation, prompts_at)
     else:
-        inner = gated(x, norm, config.norm_eps, gate, up, biases[1:3], config.activation)
-    return linear_add(inner, down, biases[3], x, axis)
+        inner = gated(x, norm, config.norm_eps, gate, up, biases[1:3], config.activation, prompts_at)
+    return linear_add(inner, down, biases[3], x, axis, prompts_at)
 
 
 def attend(

@@ -34,9 +34,14 @@ class Span:
         return self.count + len(self.guesses)
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether its tokens are a prompt's: none is of both kinds, and in a plan these come last (see `cache.RaggedBatch`)."""
+        return self.start < self.sequence.prompt_length
+
+    @property
     def is_plain_decode(self) -> bool:
         """Whether all that the host does for the next token can be done without it."""
-        return self.samples and self.tokens == 1 and self.sequence.plain and not self.sequence.wants_prompt_logprobs
+        return self.samples and self.tokens == 1 and self.sequence.plain and not (self.reads_prompt or self.sequence.wants_prompt_logprobs)
 
     @property
     def drafts(self) -> bool:
@@ -84,7 +89,7 @@ class Scheduler:
                 self._plan(sequence)
         while self.waiting and self._budget and self._free_slots and self._admit(self.waiting.first()):
             pass
-        return tuple(self._spans.values())
+        return tuple(sorted(self._spans.values(), key=lambda span: span.reads_prompt))
 
     def prolong(self, plan: Plan, most: int) -> Plan:
         """The plan just made, as one of 1 to ``most`` decodes in one program if nothing else runs and nobody waits; else as it is."""
@@ -151,7 +156,7 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence) -> bool:
         self._drop(sequence)
-        count = min(sequence.remaining, self._budget)
+        count = min(sequence.to_read, self._budget)
         guesses = self._guesses(sequence)
         if not count or not self._grow(sequence, sequence.computed + count + len(guesses)):
             return False
@@ -165,7 +170,7 @@ class Scheduler:
 
     def _guesses(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens to try after a decode's own. If that one is being sampled it is guessed too, and what follows it goes into the step."""
-        if sequence.speculation is None or sequence.remaining != 1 or sequence.pending > 1:
+        if sequence.speculation is None or sequence.in_prompt or sequence.remaining != 1 or sequence.pending > 1:
             return ()
         left = min(sequence.max_tokens + sequence.prompt_length, sequence.max_context) - sequence.length - 1
         room = min(self._room_for_guesses, self._budget - 1, left)
@@ -200,7 +205,7 @@ class Scheduler:
         if sequence.pending or not sequence.ready:
             return False
         self._begin(sequence)
-        needed = self.pages.pages_for(sequence.computed + min(sequence.remaining, self._budget)) - len(sequence.pages)
+        needed = self.pages.pages_for(sequence.computed + min(sequence.to_read, self._budget)) - len(sequence.pages)
         if needed > self.pages.num_free:
             self.pages.free(sequence.pages)
             sequence.restart()

@@ -146,6 +146,16 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def in_prompt(self) -> bool:
+        """Whether the next token to be sent is the prompt's."""
+        return self.computed < self.prompt_length
+
+    @property
+    def to_read(self) -> int:
+        """Tokens that may be sent to the device together: the prompt's, or those after it."""
+        return (self.prompt_length if self.in_prompt else self.length) - self.computed
+
+    @property
     def room(self) -> int:
         """Tokens that may still be sampled, beside those under way."""
         return min(self.max_tokens + self.prompt_length, self.max_context) - self.length

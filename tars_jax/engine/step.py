@@ -58,6 +58,7 @@ class Layout:
             "query_starts": (R + 1,),
             "kv_lengths": (R,),
             "page_tables": (R, self.pages),
+            "prompts_at": (1,),
             "slots": (R,),  # of each row in the token table; max_rows for padding
             "sample_at": (R,),  # tokens whose successor is sampled; T for padding
             "strengths": (R, self.ranks),  # of each row's adapters, float32 bits
@@ -227,6 +228,7 @@ class Batches:
                 parts["sample_at"][sample : sample + count] = range(at - count, at)
                 sample += count
         parts["query_starts"][len(plan) :] = at
+        parts["prompts_at"][:] = sum(span.tokens for span in plan if not span.reads_prompt)
         return size, numbers
 
     def build_drafts(self, plan: SequenceOf[Span]) -> tuple[int, np.ndarray]:

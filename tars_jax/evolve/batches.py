@@ -69,6 +69,7 @@ def layout(sequences: Sequence[Sequence[int]], *, room: int = 0, tokens: int = 0
         query_starts=jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
         kv_lengths=jnp.asarray(counts, jnp.int32),
         page_tables=jnp.asarray(1 + np.arange(len(counts) * width).reshape(-1, width), jnp.int32),
+        prompts_at=jnp.zeros(1, jnp.int32),
     )
 
 
@@ -101,4 +102,5 @@ def repeat(rows: RaggedBatch, members: int) -> RaggedBatch:
         query_starts=jnp.append(starts.reshape(-1), jnp.int32(members * tokens)),
         kv_lengths=jnp.tile(rows.kv_lengths, members),
         page_tables=pages.reshape(-1, width),
+        prompts_at=rows.prompts_at,
     )

@@ -28,6 +28,8 @@ class Batch(Protocol):
     def kv_lengths(self) -> jax.Array: ...
     @property
     def page_tables(self) -> jax.Array: ...
+    @property
+    def prompts_at(self) -> jax.Array | None: ...
 
 
 class Block(NamedTuple):
@@ -55,21 +57,25 @@ def norm_linear(
     *,
     activation: Activation | None = None,
     out_dtype: Any = None,
+    prompts_at: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """``activate(rms_norm(x, norm, eps) @ w.T + bias)`` for several weights [O_i, K]: [T, K] -> [T, O_i] each.
 
     Without ``norm`` x is used as it is. ``out_dtype``: x's if not given. A norm [N, K] or bias [N, O] has one for each of N equal runs
     of rows, as a `LowRank` does. What low-rank updates add is computed in float32 from the rows as they are before they are quantised.
+    ``prompts_at`` is a `cache.RaggedBatch`'s, here and below.
     """
     results = [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype or x.dtype) for w in weights]
     biases = biases or [None] * len(weights)
-    return tuple(_product(results, x, norm, eps, weights, biases, None, activation=activation))
+    return tuple(_product(results, x, norm, eps, weights, biases, None, prompts_at, activation=activation))
 
 
-def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array) -> jax.Array:
+def linear_add(
+    x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array, prompts_at: jax.Array | None = None
+) -> jax.Array:
     """``residual + x @ w.T + bias``: [T, K], [T, O] -> [T, O] in the residual's dtype."""
     result = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
-    out: jax.Array = _product([result], x, None, 0.0, [w], [bias], residual)[0]
+    out: jax.Array = _product([result], x, None, 0.0, [w], [bias], residual, prompts_at)[0]
     return out
 
 
@@ -82,11 +88,12 @@ def gated(
     activation: Activation,
     gate_bias: jax.Array | None = None,
     up_bias: jax.Array | None = None,
+    prompts_at: jax.Array | None = None,
 ) -> jax.Array:
     """``activate(n @ gate.T + gate_bias) * (n @ up.T + up_bias)`` where n is x, RMS-normalised if ``norm`` is given: [T, F]."""
     result = jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)
     biases = [gate_bias, up_bias]
-    out: jax.Array = _product([result], x, norm, eps, [gate, up], biases, None, activation=activation, gated=True)[0]
+    out: jax.Array = _product([result], x, norm, eps, [gate, up], biases, None, prompts_at, activation=activation, gated=True)[0]
     return out
 
 
@@ -112,6 +119,8 @@ def blocks(
     """Neighbouring decoder blocks in one call: for each the norm and projections of `norm_linear`, `rope_write`, `attention`, `linear_add`,
     `gated` (or the activated ``up`` alone) and `linear_add`, on states [T, D]. Returns the states, k_pages and v_pages.
 
+    Padding tokens become zeros.
+
     first_pages: where each layer's pages begin in the cache; slots and page tables count from there. rotates: whether a layer rotates its
     heads. The rest as in `rope_write` and `attention`.
     """
@@ -122,9 +131,9 @@ def blocks(
         for w, bias in zip(layer.weights, layer.biases, strict=True):
             operands.add_weight(w, bias)
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, k_pages, v_pages)]
-    call = jax.ffi.ffi_call("tars_blocks", results, input_output_aliases={8: 1, 9: 2}, vmap_method="sequential")
+    call = jax.ffi.ffi_call("tars_blocks", results, input_output_aliases={9: 1, 10: 2}, vmap_method="sequential")
     cos, sin = rotation or (None, None)
-    rows = batch.query_starts, batch.kv_lengths, batch.page_tables
+    rows = batch.query_starts, batch.kv_lengths, batch.page_tables, _prompts_at(batch.prompts_at)
     out = call(
         *(x, _optional(cos), _optional(sin), *slots, *rows, k_pages, v_pages, *operands.arrays),
         **operands.attributes,
@@ -187,6 +196,7 @@ def _product(
     weights: Sequence[Weight],
     biases: Sequence[jax.Array | None],
     residual: jax.Array | None,
+    prompts_at: jax.Array | None,
     *,
     activation: Activation | None = None,
     gated: bool = False,
@@ -203,7 +213,7 @@ def _product(
     }
     extra = jnp.zeros(0, x.dtype) if residual is None else residual
     call = jax.ffi.ffi_call("tars_product", results, vmap_method="sequential")
-    out: Sequence[jax.Array] = call(x, _optional(norm), extra, *operands.arrays, **attributes)
+    out: Sequence[jax.Array] = call(x, _optional(norm), extra, _prompts_at(prompts_at), *operands.arrays, **attributes)
     return out
 
 
@@ -241,6 +251,10 @@ class Operands:
     def attributes(self) -> dict[str, Any]:
         numbers = {"formats": self._formats, "updates": self._updates, "sources": [len(self._sources)]}
         return {name: np.array(values, np.int64).reshape(-1) for name, values in numbers.items()}
+
+
+def _prompts_at(given: jax.Array | None) -> jax.Array:
+    return jnp.full(1, np.iinfo(np.int32).max, jnp.int32) if given is None else given
 
 
 def _optional(x: jax.Array | None) -> jax.Array:

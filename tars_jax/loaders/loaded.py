@@ -103,6 +103,7 @@ def _single_row(tokens: np.ndarray, start: int, table: np.ndarray) -> RaggedBatc
         query_starts=jnp.array([0, count], jnp.int32),
         kv_lengths=jnp.array([start + count], jnp.int32),
         page_tables=jnp.asarray(table),
+        prompts_at=jnp.zeros(1, jnp.int32),
     )
 
 

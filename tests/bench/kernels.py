@@ -150,7 +150,7 @@ def make_batch(rows: int, new: int, cached: int) -> RaggedBatch:
     positions = np.tile(np.arange(cached, cached + new), rows).astype(np.int32)
     tables = np.arange(1, 1 + rows * width).reshape(rows, width).astype(np.int32)
     starts, lengths = np.arange(rows + 1) * new, np.full(rows, cached + new)
-    arrays = (np.zeros(rows * new), positions, starts, lengths, tables)
+    arrays = (np.zeros(rows * new), positions, starts, lengths, tables, [0 if new > 1 else rows])
     return RaggedBatch(*(jnp.asarray(a, jnp.int32) for a in arrays))
 
 

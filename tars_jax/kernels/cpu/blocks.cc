@@ -44,7 +44,7 @@ Operand storing(Operand w, void* out, DType type, const void* residual = nullptr
 }
 
 Product widening(const Blocks& b, const Block& w, const Buffers& m) {
-  Product p{m.middle, b.type, b.rows, b.width, w.mlp_norm, b.eps, {}, w.gate.data != nullptr};
+  Product p{m.middle, b.type, b.rows, b.width, w.mlp_norm, b.eps, {}, w.gate.data != nullptr, b.prompts_at};
   if (p.gated) {
     p.operands = {storing(w.gate, m.inner, b.type), w.up};
     p.operands[0].finish.other_bias = w.up.finish.bias;
@@ -61,10 +61,10 @@ class BlockRunner {
       : write_(b.write),
         pages_(w.pages),
         project_({x, b.type, b.rows, b.width, w.attention_norm, b.eps,
-                 {storing(w.q, m.q, b.type), storing(w.k, m.k, b.type), storing(w.v, m.v, b.type)}, false}),
-        output_({m.heads, b.type, b.rows, w.o.format.inputs, {}, 0.0f, {storing(w.o, m.middle, b.type, x)}, false}),
+                 {storing(w.q, m.q, b.type), storing(w.k, m.k, b.type), storing(w.v, m.v, b.type)}, false, b.prompts_at}),
+        output_({m.heads, b.type, b.rows, w.o.format.inputs, {}, 0.0f, {storing(w.o, m.middle, b.type, x)}, false, b.prompts_at}),
         widen_(widening(b, w, m)),
-        narrow_({m.inner, b.type, b.rows, w.down.format.inputs, {}, 0.0f, {storing(w.down, b.out, b.type, m.middle)}, false}) {
+        narrow_({m.inner, b.type, b.rows, w.down.format.inputs, {}, 0.0f, {storing(w.down, b.out, b.type, m.middle)}, false, b.prompts_at}) {
     write_.q.in = write_.q_out = m.q;
     write_.k.in = m.k;
     write_.v.in = m.v;

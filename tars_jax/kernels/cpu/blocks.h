@@ -25,6 +25,7 @@ struct Blocks {
   void* out;
   DType type;
   int64_t rows, width;
+  int64_t prompts_at;  // see `Product`
   float eps;
   Activation activation;
   Attention attention;  // all but queries and results

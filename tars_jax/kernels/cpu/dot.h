@@ -257,28 +257,28 @@ TARS_INLINE void row_by_row(const uint8_t* const* tiles, int64_t blocks, const A
   if (r < rows) run(Block::template rows<kTiles, 1>, r);
 }
 
-template <class Block, int kTiles, int kMost, auto kForm>
-static void dot(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int rows, float* const* out) {
-  row_by_row<Block, kTiles, kMost>(tiles, blocks, ahead, panel.*kForm, rows, out);
+template <class Block, int kTiles, int kMost, auto kPart>
+static void dot(const uint8_t* const* tiles, int64_t, int64_t blocks, const Ahead& ahead, const Panel& panel, int rows, float* const* out) {
+  row_by_row<Block, kTiles, kMost>(tiles, blocks, ahead, panel.*kPart, rows, out);
 }
 
-template <class Block, int kMost, auto kForm>
+template <class Block, int kMost, Form kForm, auto kPart>
 constexpr Dot dots() {
 #if defined(__AVX512F__)
-  return {dot<Block, 1, kMost, kForm>, dot<Block, 2, kMost / 2, kForm>};
+  return {kForm, dot<Block, 1, kMost, kPart>, dot<Block, 2, kMost / 2, kPart>};
 #else
-  return {dot<Block, 1, kMost, kForm>, nullptr};
+  return {kForm, dot<Block, 1, kMost, kPart>, nullptr};
 #endif
 }
 
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 constexpr Dot quantized() {
-  return dots<QuantizedBlock<kBits, kWeightGroup, kAffine, kType>, dot_rows(kBits), &Panel::groups>();
+  return dots<QuantizedBlock<kBits, kWeightGroup, kAffine, kType>, dot_rows(kBits), Form::kGroups, &Panel::groups>();
 }
 
 template <DType kType>
 constexpr Dot dense() {
-  return dots<DenseBlock<kType>, kRowBlock, &Panel::floats>();
+  return dots<DenseBlock<kType>, kRowBlock, Form::kFloats, &Panel::floats>();
 }
 
 template <int kBits, int kWeightGroup>
@@ -287,7 +287,7 @@ static Dot pick_quantized(const Format& w) {
   return w.dtype == DType::kF16 ? quantized<kBits, kWeightGroup, false, DType::kF16>() : quantized<kBits, kWeightGroup, false, DType::kF32>();
 }
 
-static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs, int64_t) {
+static Dot pick_dot(const Format& w, int64_t, bool) {
   if (w.quantized()) {
     if (w.bits == 4) return w.group == 32 ? pick_quantized<4, 32>(w) : pick_quantized<4, 16>(w);
     if (w.bits == 5) return pick_quantized<5, 32>(w);
@@ -295,7 +295,7 @@ static Dot pick_dot(const Format& w, [[maybe_unused]] bool pairs, int64_t) {
     return w.group == 32 ? pick_quantized<8, 32>(w) : pick_quantized<8, 16>(w);
   }
 #if defined(__AVX512F__)
-  if (pairs) return {dot<PairBlock, 1, kRowBlock, &Panel::pairs>, dot<PairBlock, 2, kRowBlock, &Panel::pairs>};
+  if (w.dtype == DType::kBF16 && has_pairs()) return {Form::kPairs, dot<PairBlock, 1, kRowBlock, &Panel::pairs>, dot<PairBlock, 2, kRowBlock, &Panel::pairs>};
 #endif
   if (w.dtype == DType::kBF16) return dense<DType::kBF16>();
   return w.dtype == DType::kF16 ? dense<DType::kF16>() : dense<DType::kF32>();

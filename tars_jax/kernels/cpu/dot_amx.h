@@ -1,5 +1,7 @@
-// Products of 16 activation rows by AMX. Those of quantised weights have the bits of `dot.h`'s, which makes them of fewer rows: 8-bit
-// products are exact, and what makes numbers of them comes in the same order. Those of bfloat16 are made here for any number of rows.
+// Products of 16 activation rows by AMX, of three kinds. Bfloat16 weights: for any number of rows. Quantised weights and rows that are no
+// prompt's: 8-bit products, which are exact, and what makes numbers of them comes in the same order as in `dot.h`, which makes them of fewer
+// rows; so the bits are the same. Quantised weights and a prompt's rows: the weights as bfloat16, for any number of rows. That takes a third
+// of the time for many and is closer to the weights, but for a single row the way to bfloat16 takes longer than reading them from memory.
 #pragma once
 #include <algorithm>
 
@@ -14,7 +16,17 @@ namespace tars::TARS_ISA {
 #define TARS_EACH_ROW(r) _Pragma("GCC unroll 16") for (int r = 0; r < kPanel; ++r)
 #endif
 
-// Whether so many rows are faster here: a panel costs the same whether it is full or not, and one alone does not pay for the unpacking.
+struct Neighbours {  // 0, 16, 1, 17, ...
+  uint16_t index[2 * kLanes] = {};
+  constexpr Neighbours() {
+    for (int i = 0; i < 2 * kLanes; ++i) index[i] = static_cast<uint16_t>(i / 2 + i % 2 * kLanes);
+  }
+};
+alignas(64) constexpr Neighbours kNeighbours;
+
+constexpr int kPairBytes = 2 * kLanes * kGroup;  // of 32 inputs and 16 outputs in bfloat16
+
+// Whether so many rows are faster in 8-bit products here: a panel costs the same whether it is full or not, and one alone does not pay for the unpacking.
 inline bool fills_panels(int64_t rows) { return rows > kPanel && 4 * ceil_div(rows, kPanel) * kPanel <= 5 * rows; }
 
 // A block of a quantised tile as AMX takes it, whatever its type: 8 vectors of 16 outputs x 4 signed codes, then scales and minima in
@@ -76,66 +88,112 @@ struct PlainBlock {
   }
 
   template <int kTiles>
-  static void dot(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int, float* const* out) {
+  static void dot(const uint8_t* const* tiles, int64_t, int64_t blocks, const Ahead& ahead, const Panel& panel, int, float* const* out) {
     const int64_t bytes = blocks * ahead.block_bytes / ahead.turns, pairs = std::max<int64_t>(blocks / kPairBlocks - 1, 1);
     for (int t = 0; t < kTiles; ++t)
       rows(tiles[t], blocks, ahead.tiles[t] + ahead.turn * bytes, static_cast<int>(ceil_div(bytes, 64 * pairs)), panel.tiles, out[t]);
   }
 };
 
-// A tile's blocks to plain ones.
+// Bfloat16 of two inputs' weights, those of an output side by side.
+TARS_INLINE void store_neighbours(uint8_t* out, Floats first, Floats second) {
+  const Ints order = load_ints(kNeighbours.index);
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second.part[0], (__m512)first.part[0]);
+  _mm512_store_si512(out, _mm512_permutexvar_epi16((__m512i)order.part[0], (__m512i)both));
+}
+
+// The blocks of a quantised tile: what brings them into the forms above and below.
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
 struct Unpacker {
   using Packed = QuantizedBlock<kBits, kWeightGroup, kAffine, kType>;
   using Plain = PlainBlock<Packed::kHalves, kAffine>;
   static constexpr int kOffset = kBits == 8 ? 128 : kAffine ? 0 : 1 << (kBits - 1);  // of the codes
 
-  TARS_INLINE void put(uint8_t* out, int quad, Ints codes) {
-    const __m512i x = _mm512_sub_epi8((__m512i)codes.part[0], _mm512_set1_epi8(static_cast<char>(kOffset)));
-    _mm512_store_si512(out + 64 * quad, x);
+  // put(quad, codes): unsigned, 16 outputs x 4.
+  template <class Put>
+  TARS_INLINE void each_quad(const uint8_t* block, Put put) {
+    TARS_UNROLL for (int v = 0; v < (kBits == 8 ? 8 : kNibbleVectors); ++v) {
+      Ints low = load_ints(block + 64 * v);
+      if constexpr (kBits == 8) {
+        put(v, low);
+      } else {
+        const int low_at = low_quad(kWeightGroup, v), high_at = high_quad(kWeightGroup, v);
+        Ints high = shift_right<4>(low) & splat(0x0f0f0f0f);
+        low = low & splat(0x0f0f0f0f);
+        if constexpr (kBits > 4) low = low | Packed::high_bits(block, low_at), high = high | Packed::high_bits(block, high_at);
+        put(low_at, low);
+        put(high_at, high);
+      }
+    }
   }
 
-  static void unpack(const uint8_t* tile, int64_t blocks, uint8_t* out) {
+  TARS_INLINE Floats scale(const uint8_t* block, int i) { return load_as(kType, block + Packed::kCodeBytes + i * Packed::kScaleBytes); }
+
+  static void to_plain(const uint8_t* tile, int64_t blocks, uint8_t* out) {
     for (int64_t b = 0; b < blocks; ++b, tile += Packed::kBytes, out += Plain::kBytes) {
-      TARS_UNROLL for (int v = 0; v < (kBits == 8 ? 8 : kNibbleVectors); ++v) {
-        Ints low = load_ints(tile + 64 * v);
-        if constexpr (kBits == 8) {
-          put(out, v, low);
-        } else {
-          const int low_at = low_quad(kWeightGroup, v), high_at = high_quad(kWeightGroup, v);
-          Ints high = shift_right<4>(low) & splat(0x0f0f0f0f);
-          low = low & splat(0x0f0f0f0f);
-          if constexpr (kBits > 4) low = low | Packed::high_bits(tile, low_at), high = high | Packed::high_bits(tile, high_at);
-          put(out, low_at, low);
-          put(out, high_at, high);
-        }
-      }
+      each_quad(tile, [out](int quad, Ints codes) {
+        const __m512i x = _mm512_sub_epi8((__m512i)codes.part[0], _mm512_set1_epi8(static_cast<char>(kOffset)));
+        _mm512_store_si512(out + 64 * quad, x);
+      });
       constexpr int kVectors = Packed::kHalves * (1 + kAffine);
       float* scales = reinterpret_cast<float*>(out + Plain::kCodeBytes);
-      for (int i = 0; i < kVectors; ++i) store(scales + i * kLanes, load_as(kType, tile + Packed::kCodeBytes + i * Packed::kScaleBytes));
+      for (int i = 0; i < kVectors; ++i) store(scales + i * kLanes, scale(tile, i));
     }
     if (blocks % Plain::kPairBlocks) std::memset(out, 0, Plain::kBytes);
   }
+
+  // Of one of a quad's inputs, for 16 outputs.
+  template <int kByte>
+  TARS_INLINE Floats weights(Ints codes, Floats scale, Floats min) {
+    constexpr int kZero = static_cast<int>(0x80808000);  // bytes that become 0
+    const __m128i lane = _mm_setr_epi32(kZero | kByte, kZero | (4 + kByte), kZero | (8 + kByte), kZero | (12 + kByte));
+    const __m512i code = _mm512_shuffle_epi8((__m512i)codes.part[0], _mm512_broadcast_i32x4(lane));
+    return fma(to_floats(Ints{{(IntPart)code}}), scale, min);
+  }
+
+  // As bfloat16, 1 KB a block.
+  static void to_pairs(const uint8_t* tile, int64_t blocks, uint8_t* out) {
+    for (int64_t b = 0; b < blocks; ++b, tile += Packed::kBytes, out += kPairBytes) {
+      Floats scales[Packed::kHalves], mins[Packed::kHalves];
+      for (int i = 0; i < Packed::kHalves; ++i) {
+        scales[i] = scale(tile, i);
+        mins[i] = splat(static_cast<float>(-kOffset)) * scales[i];
+        if constexpr (kAffine) mins[i] = mins[i] + scale(tile, Packed::kHalves + i);
+      }
+      each_quad(tile, [&](int quad, Ints codes) {
+        const int half = quad * kQuad / kWeightGroup;
+        const Floats s = scales[half], m = mins[half];
+        store_neighbours(out + 128 * quad, weights<0>(codes, s, m), weights<1>(codes, s, m));
+        store_neighbours(out + 128 * quad + 64, weights<2>(codes, s, m), weights<3>(codes, s, m));
+      });
+    }
+  }
 };
 
-// bfloat16: 16 blocks of a tile, which are 32 inputs, make an operand as they lie.
+// bfloat16: pairs of 32 inputs make an operand as they lie. A dense tile's are 16 of its blocks, an unpacked one's a block.
+//
+// Of 384 inputs a panel's 12 KB and two tiles' 24 KB stay in the first-level cache: 8 ns a product, 11.6 with all inputs at once. Two panels
+// and two tiles at once take as long as that; but at times (a neighbour on the same core?) the processor does tile instructions much
+// slower, the more so the more registers are in use: then that takes 30 ns, and this 15.
+template <int kStep>
 struct PairTile {
-  static constexpr int kStep = 16;  // blocks
+  static constexpr int64_t kStretch = 384;
 
   template <int kTiles>
-  static void dot(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int, float* const* out) {
+  static void dot(const uint8_t* const* tiles, int64_t first, int64_t blocks, const Ahead& ahead, const Panel& panel, int, float* const* out) {
+    constexpr int kBlockBytes = kPairBytes / kStep;
     Fetcher<kTiles> fetcher({{ahead.tiles[0], ahead.tiles[1]}, ahead.block_bytes * kStep, ahead.turn, ahead.turns});
-    alignas(64) uint8_t rest[kTiles][64 * kStep];
-    const uint32_t* x = panel.pairs;
-    clear_tile<0>();
-    clear_tile<1>();
-    for (int64_t b = 0; b < blocks; b += kStep, x += kStep * kPanel) {
+    alignas(64) uint8_t rest[kTiles][kPairBytes];
+    const uint32_t* x = panel.pairs + first / kStep * (kPairBytes / 4);
+    begin<0>(first, out[0]);
+    if constexpr (kTiles == 2) begin<1>(first, out[1]);
+    for (int64_t b = 0; b < blocks; b += kStep, x += kPairBytes / 4) {
       const uint8_t* at[kTiles];
       for (int t = 0; t < kTiles; ++t) {
-        at[t] = tiles[t] + 64 * b;
+        at[t] = tiles[t] + kBlockBytes * b;
         if (blocks - b >= kStep) continue;
         std::memset(rest[t], 0, sizeof rest[t]);
-        std::memcpy(rest[t], at[t], 64 * (blocks - b));
+        std::memcpy(rest[t], at[t], kBlockBytes * (blocks - b));
         at[t] = rest[t];
       }
       fetcher.reached(b / kStep);
@@ -143,34 +201,44 @@ struct PairTile {
       load_tile<6>(at[0], 64);
       multiply_pairs<0, 4, 6>();
       if constexpr (kTiles == 2) {
-        load_tile<7>(at[1], 64);
-        multiply_pairs<1, 4, 7>();
+        load_tile<6>(at[1], 64);
+        multiply_pairs<1, 4, 6>();
       }
     }
     store_tile<0>(out[0], 64);
     if constexpr (kTiles == 2) store_tile<1>(out[1], 64);
   }
+
+ private:
+  template <int kTile>
+  TARS_INLINE void begin(int64_t first, const float* sums) {
+    if (first) load_tile<kTile>(sums, 64);
+    else clear_tile<kTile>();
+  }
 };
 
 template <int kBits, int kWeightGroup, bool kAffine, DType kType>
-constexpr Dot plain() {
+static Dot unpacked(bool prompts) {
   using From = Unpacker<kBits, kWeightGroup, kAffine, kType>;
-  return {From::Plain::template dot<1>, From::Plain::template dot<2>, From::unpack, From::Plain::kBytes, kWeightGroup};
+  using Plain = typename From::Plain;
+  if (prompts) return {Form::kPairs, PairTile<1>::dot<1>, PairTile<1>::dot<2>, From::to_pairs, kPairBytes, 64, PairTile<1>::kStretch};
+  return {Form::kTiles, Plain::template dot<1>, Plain::template dot<2>, From::to_plain, Plain::kBytes, kWeightGroup};
 }
 
 template <int kBits, int kWeightGroup>
-static Dot pick_plain(const Format& w) {
-  if (w.affine) return w.dtype == DType::kF16 ? plain<kBits, kWeightGroup, true, DType::kF16>() : plain<kBits, kWeightGroup, true, DType::kF32>();
-  return w.dtype == DType::kF16 ? plain<kBits, kWeightGroup, false, DType::kF16>() : plain<kBits, kWeightGroup, false, DType::kF32>();
+static Dot pick_unpacked(const Format& w, bool prompts) {
+  const bool half = w.dtype == DType::kF16;
+  if (w.affine) return half ? unpacked<kBits, kWeightGroup, true, DType::kF16>(prompts) : unpacked<kBits, kWeightGroup, true, DType::kF32>(prompts);
+  return half ? unpacked<kBits, kWeightGroup, false, DType::kF16>(prompts) : unpacked<kBits, kWeightGroup, false, DType::kF32>(prompts);
 }
 
-static Dot pick_tiles(const Format& w, bool pairs, int64_t rows) {
-  if (pairs) return {PairTile::dot<1>, PairTile::dot<2>, nullptr, 0, 64};
-  if (!w.quantized() || !fills_panels(rows)) return pick_dot(w, pairs, rows);
-  if (w.bits == 4) return w.group == 32 ? pick_plain<4, 32>(w) : pick_plain<4, 16>(w);
-  if (w.bits == 5) return pick_plain<5, 32>(w);
-  if (w.bits == 6) return w.dtype == DType::kF16 ? plain<6, 16, false, DType::kF16>() : plain<6, 16, false, DType::kF32>();
-  return w.group == 32 ? pick_plain<8, 32>(w) : pick_plain<8, 16>(w);
+static Dot pick_tiles(const Format& w, int64_t rows, bool prompts) {
+  if (!w.quantized() && w.dtype == DType::kBF16) return {Form::kPairs, PairTile<16>::dot<1>, PairTile<16>::dot<2>, nullptr, 0, 64, PairTile<16>::kStretch};
+  if (!w.quantized() || !(prompts || fills_panels(rows))) return pick_dot(w, rows, prompts);
+  if (w.bits == 4) return w.group == 32 ? pick_unpacked<4, 32>(w, prompts) : pick_unpacked<4, 16>(w, prompts);
+  if (w.bits == 5) return pick_unpacked<5, 32>(w, prompts);
+  if (w.bits == 6) return w.dtype == DType::kF16 ? unpacked<6, 16, false, DType::kF16>(prompts) : unpacked<6, 16, false, DType::kF32>(prompts);
+  return w.group == 32 ? pick_unpacked<8, 32>(w, prompts) : pick_unpacked<8, 16>(w, prompts);
 }
 
 }  // namespace tars::TARS_ISA

@@ -1,6 +1,8 @@
 // The calls XLA makes: buffers in, buffers out, checks at the border.
 #include "xla/ffi/api/ffi.h"
 
+#include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "blocks.h"
@@ -10,6 +12,7 @@ namespace tars {
 namespace {
 
 namespace ffi = xla::ffi;
+using Int32s = ffi::Buffer<ffi::S32>;
 
 class XlaPool final : public Pool {
  public:
@@ -120,8 +123,8 @@ ffi::Error read_operand(Arguments& args, const Place& w, int64_t updates, int64_
   return ffi::Error::Success();
 }
 
-// Arguments: x, norm, residual, the arrays that hold tiles, then those of each weight. Results: one per weight, or one if gated.
-ffi::Error product(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer residual, ffi::RemainingArgs arrays,
+// Arguments: x, norm, residual, where prompts begin, the arrays that hold tiles, then those of each weight. Results: one per weight, or one if gated.
+ffi::Error product(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer residual, Int32s prompts_at, ffi::RemainingArgs arrays,
                    ffi::RemainingRets results, ffi::Span<const int64_t> formats, ffi::Span<const int64_t> updates,
                    ffi::Span<const int64_t> sources, float eps, int64_t activation, int64_t gated) {
   const size_t weights = updates.size();
@@ -135,6 +138,8 @@ ffi::Error product(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (!read_runs(norm, 1, p.rows, &p.norm)) return invalid("a norm has the wrong shape");
   p.eps = eps;
   p.gated = gated;
+  if (prompts_at.element_count() != 1) return invalid("wrong number of arrays");
+  p.prompts_at = std::clamp<int64_t>(prompts_at.typed_data()[0], 0, p.rows);
   for (size_t i = 0; i < weights; ++i) {
     Operand o;
     if (ffi::Error error = read_operand(args, place_of(formats, i), updates.begin()[i], p.rows, &o); error.failure()) return error;
@@ -158,8 +163,6 @@ ffi::Error product(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer
   run_product(pool, std::move(p));
   return ffi::Error::Success();
 }
-
-using Int32s = ffi::Buffer<ffi::S32>;
 
 // The cache's part of an attention over heads of `head_dim`; false if the types do not fit.
 bool describe_cache(const ffi::AnyBuffer& k_pages, const ffi::AnyBuffer& v_pages, int64_t head_dim, AttentionTask* t) {
@@ -276,10 +279,18 @@ ffi::Error read_block(Arguments& args, ffi::Span<const int64_t> formats, ffi::Sp
   return ffi::Error::Success();
 }
 
+// What follows the last sequence becomes zeros.
+void leave_out_padding(Blocks& b) {
+  const Attention& a = b.attention;
+  const int64_t used = a.rows ? std::clamp<int64_t>(a.query_starts[a.rows], 0, b.rows) : 0, size = b.width * size_of(b.type);
+  std::memset(static_cast<char*>(b.out) + used * size, 0, (b.rows - used) * size);
+  b.rows = b.attention.tokens = b.write.tokens = used;
+}
+
 // Arguments after the pages: the arrays that hold tiles, then `read_block`'s of each block. first_pages: where each block's pages begin in the cache.
 ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer cos, ffi::AnyBuffer sin, Int32s slot_pages, Int32s slot_offsets,
-                  Int32s query_starts, Int32s kv_lengths, Int32s page_tables, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
-                  ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
+                  Int32s query_starts, Int32s kv_lengths, Int32s page_tables, Int32s prompts_at, ffi::AnyBuffer k_pages,
+                  ffi::AnyBuffer v_pages, ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
                   ffi::Span<const int64_t> formats, ffi::Span<const int64_t> updates, ffi::Span<const int64_t> sources,
                   ffi::Span<const int64_t> first_pages, ffi::Span<const int64_t> rotates, int64_t heads,
                   int64_t head_dim, int64_t activation, int64_t window, float scale, float softcap, float eps) {
@@ -316,7 +327,9 @@ ffi::Error blocks(ffi::ThreadPool thread_pool, ffi::AnyBuffer x, ffi::AnyBuffer 
     w.pages = {static_cast<char*>(k_out->untyped_data()) + first * page_bytes, static_cast<char*>(v_out->untyped_data()) + first * page_bytes};
     w.rotates = rotates.begin()[i];
   }
-  if (!args.done()) return invalid("wrong number of arrays");
+  if (!args.done() || prompts_at.element_count() != 1) return invalid("wrong number of arrays");
+  leave_out_padding(b);
+  b.prompts_at = std::clamp<int64_t>(prompts_at.typed_data()[0], 0, b.rows);
   XlaPool pool(thread_pool);
   run_blocks(pool, b);
   return ffi::Error::Success();
@@ -350,13 +363,14 @@ using Int64s = xla::ffi::Span<const int64_t>;
 #pragma GCC visibility push(default)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_product, tars::product,
-                              Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().RemainingArgs().RemainingRets()
+                              Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>().RemainingArgs().RemainingRets()
                                   .Attr<Int64s>("formats").Attr<Int64s>("updates").Attr<Int64s>("sources").Attr<float>("eps").Attr<int64_t>("activation")
                                   .Attr<int64_t>("gated"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tars_blocks, tars::blocks,
                               Ffi::Bind().Ctx<ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<Buffer<S32>>()
-                                  .Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<AnyBuffer>().Arg<AnyBuffer>()
+                                  .Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>().Arg<Buffer<S32>>()
+                                  .Arg<AnyBuffer>().Arg<AnyBuffer>()
                                   .RemainingArgs().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<Int64s>("formats")
                                   .Attr<Int64s>("updates").Attr<Int64s>("sources").Attr<Int64s>("first_pages").Attr<Int64s>("rotates")
                                   .Attr<int64_t>("heads").Attr<int64_t>("head_dim").Attr<int64_t>("activation").Attr<int64_t>("window")

@@ -71,7 +71,11 @@ struct ActivationTile {
   float sums[3][16];  // scale * sum(codes), and of the first and the last 16 codes
 };
 
-// Activations of the rows of a panel in the four forms weights may want; absent ones are null.
+// The forms of activations that weights may want.
+enum class Form { kGroups, kTiles, kFloats, kPairs };
+constexpr int kForms = 4;
+
+// Activations of the rows of a panel; absent forms are null.
 struct Panel {
   const ActivationGroup* groups;  // [input groups][kPanel]
   const ActivationTile* tiles;    // [input groups, padded to even with zeros]

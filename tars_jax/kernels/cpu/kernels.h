@@ -88,16 +88,19 @@ struct Kernels {
   const char* name;
   int panel;  // rows of a panel
   bool (*native_pairs)();  // whether bfloat16 pairs have an instruction
-  // The product of a panel's rows and one tile, or two tiles of one format; `out` gets [rows][16] of each.
-  using DotTiles = void (*)(const uint8_t* const* tiles, int64_t blocks, const Ahead& ahead, const Panel& panel, int rows, float* const* out);
+  // The product of a panel's rows and `blocks` blocks of one tile, or of two tiles of one format; `out` gets [rows][16] of each. Where `first`
+  // others come before those, `out` has what these gave, and the rest is added.
+  using DotTiles = void (*)(const uint8_t* const* tiles, int64_t first, int64_t blocks, const Ahead& ahead, const Panel& panel, int rows, float* const* out);
   using UnpackTile = void (*)(const uint8_t* tile, int64_t blocks, uint8_t* out);
   struct Dot {
+    Form form;          // of the activations
     DotTiles one, two;  // two: null where it gains nothing
     UnpackTile unpack = nullptr;  // how tiles come into the form these take, with an even number of blocks; null: they have it
     int64_t block_bytes = 0;      // of that form
     int shapes = 0;               // what `set_shapes` wants to know before
+    int64_t stretch = 0;          // inputs, about, that are multiplied for all panels before the next ones; 0: all, and `first` is 0
   };
-  Dot (*pick_dot)(const Format& w, bool pairs, int64_t rows);
+  Dot (*pick_dot)(const Format& w, int64_t rows, bool prompts);  // prompts: see `Product`
   void (*set_shapes)(int shapes);  // of this thread's registers, where they have any; 0: done with them
   void (*read_row)(const void* x, DType type, int64_t inputs, const float* norm, float eps, float* out);
   void (*fill_panel)(const float* x, int64_t inputs, int row, const PanelBuffers& out);

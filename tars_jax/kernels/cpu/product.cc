@@ -24,24 +24,20 @@ int64_t Operand::ranks() const {
   return total;
 }
 
-ProductRunner::ProductRunner(Product p) : p_(std::move(p)), k_(kernels()), panels_(ceil_div(p_.rows, k_.panel)) {
+ProductRunner::ProductRunner(Product p) : p_(std::move(p)), k_(kernels()) {
+  const int64_t others = p_.prompts_at;
+  std::vector<Kernels::Dot> dots[2];
+  bool same = true;
   for (const Operand& o : p_.operands) {
-    const bool pairs = o.format.dtype == DType::kBF16 && !o.format.quantized() && k_.native_pairs();
-    dots_.push_back(k_.pick_dot(o.format, pairs, p_.rows));
-    want_groups_ |= o.format.quantized() && !dots_.back().unpack;
-    want_tiles_ |= dots_.back().unpack != nullptr;
-    want_pairs_ |= pairs;
-    want_floats_ |= !o.format.quantized() && !pairs;
+    dots[0].push_back(k_.pick_dot(o.format, others, false));
+    dots[1].push_back(k_.pick_dot(o.format, p_.rows - others, true));
+    same = same && dots[0].back().form == dots[1].back().form;
     bytes_ += o.format.tiles() * o.format.tile_bytes();
-    ranks_ += o.ranks();
-    if (!p_.gated || dots_.size() == 1) total_tiles_ += o.format.tiles();
+    if (!p_.gated || dots[0].size() == 1) total_tiles_ += o.format.tiles();
   }
-  twins_ = p_.gated && dots_[0].two && dots_[0].two == dots_[1].two && p_.operands[0].format.tile_bytes() == p_.operands[1].format.tile_bytes();
-  groups_size_ = want_groups_ ? ceil_div(p_.inputs, kGroup) * k_.panel * sizeof(ActivationGroup) : 0;
-  tiles_size_ = want_tiles_ ? round_up(ceil_div(p_.inputs, kGroup), 2) * sizeof(ActivationTile) : 0;
-  floats_size_ = want_floats_ ? round_up(p_.inputs, 2) * k_.panel * sizeof(float) : 0;
-  pairs_size_ = want_pairs_ ? round_up(p_.inputs, kGroup) / 2 * k_.panel * sizeof(uint32_t) : 0;
-  panel_size_ = round_up(groups_size_ + tiles_size_ + floats_size_ + pairs_size_ + ranks_ * k_.panel * sizeof(float), 64);
+  const int64_t ends[2] = {same ? p_.rows : others, p_.rows};
+  for (int64_t i = 0, first = 0; i < 2; first = ends[i++])
+    if (first < ends[i]) parts_.emplace_back(p_, k_, first, ends[i] - first, std::move(dots[i]));
 }
 
 double ProductRunner::seconds() const {
@@ -51,16 +47,35 @@ double ProductRunner::seconds() const {
 
 bool ProductRunner::worth_sharing() const { return seconds() > kWakeSeconds; }
 
+int64_t ProductRunner::bytes_of_panels() const {
+  int64_t total = 0;
+  for (const Part& part : parts_) total += part.bytes_of_panels();
+  return total;
+}
+
 void ProductRunner::add_to(Stages& stages, int threads, char* memory) {
-  memory_ = memory;
   cut(threads);
+  int64_t preparations = 0, row_blocks = 0, panels = 0;
+  for (Part& part : parts_) {
+    part.use(memory);
+    memory += part.bytes_of_panels();
+    preparations += part.preparations();
+    row_blocks += part.row_blocks();
+    panels += part.panels();
+  }
+  stages.add(preparations, [this](int64_t task) {
+    for (const Part& part : parts_) {
+      if (task < part.preparations()) return part.prepare(task);
+      task -= part.preparations();
+    }
+  });
   const int64_t chunks = static_cast<int64_t>(chunks_.size()) - 1;
-  const int64_t rows = p_.rows > kFewRows ? k_.panel : kRowsPerTask;
-  stages.add(ceil_div(p_.rows, rows), [this, rows](int64_t task) { prepare(task * rows, std::min((task + 1) * rows, p_.rows)); });
-  stages.add(ceil_div(panels_, kPanelsTogether) * chunks, [this](int64_t task) {
-    const int64_t chunks = static_cast<int64_t>(chunks_.size()) - 1;
-    multiply(task / chunks, task % chunks);
-  }, panels_ == 1 ? [this](int64_t chunk, int64_t piece) { return fetch(chunk, piece); } : Stages::Fetch());
+  stages.add(row_blocks * chunks, [this, chunks](int64_t task) {
+    for (const Part& part : parts_) {
+      if (const int64_t block = task / chunks; block < part.row_blocks()) return part.multiply(block, chunks_[task % chunks], chunks_[task % chunks + 1]);
+      task -= part.row_blocks() * chunks;
+    }
+  }, panels == 1 ? [this](int64_t chunk, int64_t piece) { return fetch(chunk, piece); } : Stages::Fetch());
 }
 
 // Of few rows memory sets the pace: it had better not pause while a thread waits for the panel.
@@ -93,35 +108,53 @@ void ProductRunner::cut(int threads) {
   chunks_.push_back(total_tiles_);
 }
 
-PanelBuffers ProductRunner::buffers(int64_t panel) const {
+ProductRunner::Part::Part(const Product& p, const Kernels& k, int64_t first, int64_t rows, std::vector<Kernels::Dot> dots)
+    : p_(p), k_(k), first_(first), rows_(rows), panels_(ceil_div(rows, k.panel)), dots_(std::move(dots)) {
+  const int64_t groups = ceil_div(p_.inputs, kGroup);
+  const int64_t sizes[kForms] = {groups * k_.panel * static_cast<int64_t>(sizeof(ActivationGroup)), round_up(groups, 2) * static_cast<int64_t>(sizeof(ActivationTile)),
+                                 round_up(p_.inputs, 2) * k_.panel * 4, groups * kGroup * k_.panel * 2};
+  for (const Kernels::Dot& dot : dots_) {
+    const int form = static_cast<int>(dot.form);
+    forms_[form] = sizes[form];
+  }
+  for (const Operand& o : p_.operands) ranks_ += o.ranks();
+  for (const int64_t bytes : forms_) projected_ += bytes;
+  panel_size_ = round_up(projected_ + ranks_ * k_.panel * 4, 64);
+  twins_ = p_.gated && dots_[0].two && dots_[0].two == dots_[1].two && p_.operands[0].format.tile_bytes() == p_.operands[1].format.tile_bytes();
+}
+
+int64_t ProductRunner::Part::rows_at_once() const { return rows_ > kFewRows ? k_.panel : kRowsPerTask; }
+int64_t ProductRunner::Part::row_blocks() const { return ceil_div(panels_, kPanelsTogether); }
+
+PanelBuffers ProductRunner::Part::buffers(int64_t panel) const {
   char* at = memory_ + panel * panel_size_;
-  const auto take = [&at](auto* type, bool wanted, int64_t size) {
-    auto* taken = reinterpret_cast<decltype(type)>(wanted ? at : nullptr);
-    at += size;
-    return taken;
+  const auto take = [&](auto*& place, Form form) {
+    const int64_t bytes = forms_[static_cast<int>(form)];
+    if (bytes) place = reinterpret_cast<std::remove_reference_t<decltype(place)>>(at);
+    at += bytes;
   };
-  PanelBuffers b;
-  b.tiles = take(b.tiles, want_tiles_, tiles_size_);
-  b.groups = take(b.groups, want_groups_, groups_size_);
-  b.floats = take(b.floats, want_floats_, floats_size_);
-  b.pairs = take(b.pairs, want_pairs_, pairs_size_);
+  PanelBuffers b{};
+  take(b.tiles, Form::kTiles);  // the first: AMX and its rows of 64 bytes
+  take(b.pairs, Form::kPairs);
+  take(b.groups, Form::kGroups);
+  take(b.floats, Form::kFloats);
   return b;
 }
-
 // What the updates' `b` make of a panel's rows: [panel][ranks_], one operand's after the other's.
-float* ProductRunner::projected(int64_t panel) const {
-  return reinterpret_cast<float*>(memory_ + panel * panel_size_ + tiles_size_ + groups_size_ + floats_size_ + pairs_size_);
+float* ProductRunner::Part::projected(int64_t panel) const {
+  return reinterpret_cast<float*>(memory_ + panel * panel_size_ + projected_);
 }
 
-int ProductRunner::rows_in(int64_t panel) const { return static_cast<int>(std::min<int64_t>(k_.panel, p_.rows - panel * k_.panel)); }
+int ProductRunner::Part::rows_in(int64_t panel) const { return static_cast<int>(std::min<int64_t>(k_.panel, rows_ - panel * k_.panel)); }
 
-void ProductRunner::prepare(int64_t begin, int64_t end) const {
+void ProductRunner::Part::prepare(int64_t preparation) const {
   static thread_local Scratch scratch;
   float* row = static_cast<float*>(scratch.get(round_up(p_.inputs, kGroup) * sizeof(float)));
-  for (int64_t r = begin; r < end; ++r) {
+  for (int64_t i = preparation * rows_at_once(), end = std::min(i + rows_at_once(), rows_); i < end; ++i) {
+    const int64_t r = first_ + i;
     k_.read_row(static_cast<const char*>(p_.x) + r * p_.inputs * size_of(p_.x_type), p_.x_type, p_.inputs, p_.norm.of(r), p_.eps, row);
-    k_.fill_panel(row, p_.inputs, static_cast<int>(r % k_.panel), buffers(r / k_.panel));
-    float* out = projected(r / k_.panel) + r % k_.panel * ranks_;
+    k_.fill_panel(row, p_.inputs, static_cast<int>(i % k_.panel), buffers(i / k_.panel));
+    float* out = projected(i / k_.panel) + i % k_.panel * ranks_;
     for (const Operand& o : p_.operands)
       for (const LowRank& update : o.updates) {
         k_.project(update, row, p_.inputs, r, out);
@@ -130,15 +163,31 @@ void ProductRunner::prepare(int64_t begin, int64_t end) const {
   }
 }
 
-void ProductRunner::update(size_t operand, int64_t panel, int64_t tile, float* sums) const {
+void ProductRunner::Part::update(size_t operand, int64_t panel, int64_t tile, float* sums) const {
   const float* from = projected(panel);
   for (size_t before = 0; before < operand; ++before) from += p_.operands[before].ranks();
   const Operand& o = p_.operands[operand];
   for (const LowRank& update : o.updates) {
-    k_.add_update(update, from, ranks_, rows_in(panel), lanes_in(o.format, tile), panel * k_.panel, tile * kLanes, sums);
+    k_.add_update(update, from, ranks_, rows_in(panel), lanes_in(o.format, tile), first_ + panel * k_.panel, tile * kLanes, sums);
     from += update.ranks;
   }
 }
+
+// What is multiplied at once: one tile or two of an operand; of a gated product one, and the other operand's.
+struct ProductRunner::Part::Tiles {
+  struct Side {
+    const Operand& operand;
+    const Kernels::Dot& dot;
+    int64_t tile;
+
+    const uint8_t* packed() const { return operand.data + tile * operand.format.tile_bytes(); }
+    int64_t blocks(int64_t inputs) const { return ceil_div(inputs, operand.format.quantized() ? kGroup : 2); }
+  };
+  Side sides[2];
+  size_t operand;
+  int64_t count;  // of the operand's tiles
+  bool both;  // in one call
+};
 
 // The shapes that a thread's registers have, while it multiplies.
 class ProductRunner::Shapes {
@@ -154,67 +203,83 @@ class ProductRunner::Shapes {
   int now_ = 0;
 };
 
-void ProductRunner::multiply(int64_t row_block, int64_t chunk) const {
+void ProductRunner::Part::multiply(int64_t row_block, int64_t begin, int64_t end) const {
   Shapes shapes(k_);
   size_t operand = 0;
   int64_t before = 0;
-  for (int64_t tile = chunks_[chunk], count; tile < chunks_[chunk + 1]; tile += count) {
+  for (int64_t tile = begin, count; tile < end; tile += count) {
     while (tile - before >= p_.operands[operand].format.tiles()) before += p_.operands[operand++].format.tiles();
-    const int64_t left = std::min(chunks_[chunk + 1], before + p_.operands[operand].format.tiles()) - tile;
-    count = !p_.gated && p_.rows >= kPairingRows && dots_[operand].two && left >= 2 ? 2 : 1;
-    multiply_tiles(row_block, operand, tile - before, count, shapes);
+    const int64_t left = std::min(end, before + p_.operands[operand].format.tiles()) - tile;
+    count = !p_.gated && rows_ >= kPairingRows && dots_[operand].two && left >= 2 ? 2 : 1;
+    const size_t other = p_.gated ? 1 : operand;
+    const int64_t at = tile - before;
+    const Tiles::Side sides[2] = {{p_.operands[operand], dots_[operand], at}, {p_.operands[other], dots_[other], at + count - 1}};
+    multiply_tiles(row_block, {{sides[0], sides[1]}, operand, count, count == 2 || (p_.gated && twins_)}, shapes);
   }
 }
 
-// Brings one or two tiles into the form they are multiplied in, once for all panels; they stay valid until the next call of this thread.
-void ProductRunner::unpack(size_t operand, bool both, const uint8_t* (&tiles)[2]) const {
-  if (!want_tiles_) return;
-  const size_t other = p_.gated ? 1 : operand;
+// Inputs that are multiplied for all panels before the next ones.
+int64_t ProductRunner::Part::stretch(const Tiles& t) const {
+  const int64_t most = std::min(t.sides[0].dot.stretch, t.sides[1].dot.stretch);
+  if (!most) return p_.inputs;
+  return round_up(ceil_div(p_.inputs, ceil_div(p_.inputs, most)), kGroup);
+}
+
+// Some inputs' part of the tiles, in the form in which they are multiplied; it stays valid until the next call of this thread.
+void ProductRunner::Part::unpack(const Tiles& t, int64_t begin, int64_t end, const uint8_t* (&parts)[2]) const {
   static thread_local Scratch scratch;
-  const Kernels::Dot* const dots[2] = {&dots_[operand], &dots_[other]};
-  const Format* const formats[2] = {&p_.operands[operand].format, &p_.operands[other].format};
-  size_t bytes[2];
-  for (int i = 0; i < 2; ++i) bytes[i] = dots[i]->block_bytes * round_up(formats[i]->blocks(), 2);
+  const int sides = t.both || p_.gated ? 2 : 1;
+  size_t bytes[2] = {};
+  for (int i = 0; i < sides; ++i) bytes[i] = t.sides[i].dot.unpack ? t.sides[i].dot.block_bytes * round_up(t.sides[i].blocks(end - begin), 2) : 0;
   uint8_t* at = static_cast<uint8_t*>(scratch.get(bytes[0] + bytes[1]));
-  for (int i = 0; i <= both; at += bytes[i++]) {
-    if (!dots[i]->unpack) continue;
-    dots[i]->unpack(tiles[i], formats[i]->blocks(), at);
-    tiles[i] = at;
+  for (int i = 0; i < sides; at += bytes[i++]) {
+    const Tiles::Side& side = t.sides[i];
+    parts[i] = side.packed() + side.blocks(begin) * side.operand.format.block_bytes();
+    if (!side.dot.unpack) continue;
+    side.dot.unpack(parts[i], side.blocks(end - begin), at);
+    parts[i] = at;
   }
 }
 
-// One or two tiles of an operand; of a gated product one, and the other operand's.
-void ProductRunner::multiply_tiles(int64_t row_block, size_t operand, int64_t tile, int64_t count, Shapes& shapes) const {
-  alignas(64) float sums[2][kMostPanel * kLanes];
-  float* const out[2] = {sums[0], sums[1]};
-  const Operand &o = p_.operands[operand], &second = p_.operands[p_.gated ? 1 : operand];
-  const int64_t last = std::min(panels_, (row_block + 1) * kPanelsTogether);
-  const int64_t next = p_.gated ? tile : tile + 1;
-  const bool pair = count == 2 || (p_.gated && twins_);
-  const uint8_t* const packed[2] = {o.data + tile * o.format.tile_bytes(), second.data + next * second.format.tile_bytes()};
-  const uint8_t* tiles[2] = {packed[0], packed[1]};
-  unpack(operand, pair || p_.gated, tiles);
-  const int64_t first = row_block * kPanelsTogether;
-  for (int64_t panel = first; panel < last; ++panel) {
-    const PanelBuffers b = buffers(panel);
-    const Panel x{b.groups, b.tiles, b.floats, b.pairs};
-    const int rows = rows_in(panel);
-    const auto finish = [&](int64_t at, float* found, const float* other) {
-      update(operand, panel, at, found);
-      k_.finish_tile(o.finish, found, other, rows, lanes_in(o.format, at), panel * k_.panel, at * kLanes);
-    };
-    const uint8_t* const ahead[2] = {packed[0] + count * o.format.tile_bytes(), packed[1] + count * second.format.tile_bytes()};
-    const int64_t turn = panel - first, turns = last - first;
-    shapes.set(dots_[operand].shapes);
-    (pair ? dots_[operand].two : dots_[operand].one)(tiles, o.format.blocks(), {{ahead[0], ahead[1]}, o.format.block_bytes(), turn, turns}, x, rows, out);
-    if (p_.gated && !pair) {
-      shapes.set(dots_[1].shapes);
-      dots_[1].one(tiles + 1, second.format.blocks(), {{ahead[1]}, second.format.block_bytes(), turn, turns}, x, rows, out + 1);
+void ProductRunner::Part::multiply_tiles(int64_t row_block, const Tiles& t, Shapes& shapes) const {
+  alignas(64) float sums[kPanelsTogether][2][kMostPanel * kLanes];
+  const int64_t first = row_block * kPanelsTogether, last = std::min(panels_, first + kPanelsTogether), step = stretch(t);
+  for (int64_t begin = 0; begin < p_.inputs; begin += step) {
+    const int64_t end = std::min(begin + step, p_.inputs);
+    const uint8_t* parts[2];
+    unpack(t, begin, end, parts);
+    for (int64_t panel = first; panel < last; ++panel) {
+      auto& found = sums[step < p_.inputs ? panel - first : 0];
+      const PanelBuffers b = buffers(panel);
+      const Panel x{b.groups, b.tiles, b.floats, b.pairs};
+      const auto multiply = [&](int side, bool both) {
+        const Tiles::Side& s = t.sides[side];
+        const uint8_t* ahead[2];
+        for (int i = 0; i < 2; ++i) {
+          const Tiles::Side& other = t.sides[both ? i : side];
+          ahead[i] = other.packed() + t.count * other.operand.format.tile_bytes() + other.blocks(begin) * other.operand.format.block_bytes();
+        }
+        float* const out[2] = {found[side], found[1]};
+        shapes.set(s.dot.shapes);
+        (both ? s.dot.two : s.dot.one)(parts + side, s.blocks(begin), s.blocks(end - begin),
+                                       {{ahead[0], ahead[1]}, s.operand.format.block_bytes(), panel - first, last - first}, x, rows_in(panel), out);
+      };
+      multiply(0, t.both);
+      if (p_.gated && !t.both) multiply(1, false);
+      if (end == p_.inputs) finish(t, panel, found[0], found[1]);
     }
-    if (p_.gated) update(1, panel, tile, sums[1]);
-    finish(tile, sums[0], p_.gated ? sums[1] : nullptr);
-    if (count == 2) finish(tile + 1, sums[1], nullptr);
   }
+}
+
+void ProductRunner::Part::finish(const Tiles& t, int64_t panel, float* sums, float* others) const {
+  const auto store = [&](int64_t tile, float* found, const float* other) {
+    update(t.operand, panel, tile, found);
+    const Finish& f = t.sides[0].operand.finish;
+    k_.finish_tile(f, found, other, rows_in(panel), lanes_in(t.sides[0].operand.format, tile), first_ + panel * k_.panel, tile * kLanes);
+  };
+  if (p_.gated) update(1, panel, t.sides[1].tile, others);
+  store(t.sides[0].tile, sums, p_.gated ? others : nullptr);
+  if (t.count == 2) store(t.sides[1].tile, others, nullptr);
 }
 
 void run_product(Pool& pool, Product product) {
