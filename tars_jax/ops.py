@@ -95,7 +95,7 @@ def gated(
 ) -> jax.Array:
     """``activate(n @ gate.T + bias) * (n @ up.T + bias)`` of the normed input n (SwiGLU and its kin)."""
     if uses_kernels(gate) and uses_kernels(up):
-        return kernels.gated(x, norm, eps, gate, up, activation, *biases, prompts_at=prompts_at)
+        return kernels.gated(x, norm, eps, gate, up, activation, biases[0], biases[1], prompts_at)
     g, u = norm_linear(x, norm, eps, [gate, up], biases, None, prompts_at)
     return activate(g, activation) * u
 

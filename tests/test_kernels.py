@@ -78,6 +78,18 @@ def as_kernel_reads(x: np.ndarray, w: Any) -> np.ndarray:
     return (codes * (top / np.float32(127))).reshape(rows, grouped.shape[1] * 32)[:, :inputs]
 
 
+def rounded(x: Any) -> np.ndarray:
+    """To bfloat16."""
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+
+
+def prompt_product(x: np.ndarray, w: Any) -> np.ndarray:
+    """A prompt's rows times a weight: with AMX quantised ones become bfloat16."""
+    if kernels.isa() == "amx" and isinstance(w, quant.QArray):
+        return rounded(x) @ rounded(dense(w)).T
+    return as_kernel_reads(x, w) @ dense(w).T
+
+
 def tolerance(w: Any) -> float:
     """bfloat16 weights meet bfloat16 activations where the processor multiplies these."""
     return 2e-2 if getattr(w, "dtype", None) == jnp.bfloat16 else 2e-4
@@ -136,6 +148,44 @@ def test_product_of_any_kind(kind: Any) -> None:
         y = np.asarray(kernels.norm_linear(jnp.asarray(x), None, 0.0, [tiled])[0])
         np.testing.assert_allclose(y, as_kernel_reads(x, w) @ dense(w).T, atol=tolerance(w))
         np.testing.assert_allclose(y, x @ dense(w).T, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("prompts_at", [0, 5, 29])
+def test_rows_of_a_prompt_and_others_in_one_product(kind: Any, prompts_at: int) -> None:
+    inputs = 432 if isinstance(kind, tuple) and kind[1] == 16 else 421 if isinstance(kind, str) else 416  # more than one stretch
+    w, x = weight(kind, 45, inputs), normals(29, inputs)
+    y = np.asarray(
+        kernels.norm_linear(jnp.asarray(x), None, 0.0, [kernels.pack_tiles(w)], prompts_at=jnp.array([prompts_at], jnp.int32))[0]
+    )
+    np.testing.assert_allclose(y[:prompts_at], as_kernel_reads(x[:prompts_at], w) @ dense(w).T, atol=tolerance(w))
+    # A weight that lies between two numbers of bfloat16 may go to the other one.
+    np.testing.assert_allclose(y[prompts_at:], prompt_product(x[prompts_at:], w), atol=max(1e-3, tolerance(w)))
+    np.testing.assert_allclose(y, x @ dense(w).T, atol=0.15)
+
+
+@pytest.mark.parametrize("kind", [QUANTIZED[2], QUANTIZED[8], "bfloat16"], ids=str)
+def test_a_prompt_s_row_does_not_depend_on_its_batch(kind: Any) -> None:
+    x, w = normals(600, 800), kernels.pack_tiles(weight(kind, 40, 800))
+
+    def rows(begin: int, end: int, prompts_at: int) -> np.ndarray:
+        at = jnp.array([prompts_at], jnp.int32)
+        return np.asarray(kernels.norm_linear(jnp.asarray(x[begin:end]), None, 0.0, [w], prompts_at=at)[0])
+
+    together = rows(0, 600, 7)
+    np.testing.assert_array_equal(rows(0, 7, 7), together[:7])
+    for begin, end in ((7, 8), (20, 37), (511, 600)):
+        np.testing.assert_array_equal(rows(begin, end, 0), together[begin:end])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_in_a_prompt_stays_in_its_row(bad: float) -> None:
+    x, w, at = normals(19, 64), kernels.pack_tiles(weight((4, 32, 1, "float16"), 20, 64)), jnp.array([3], jnp.int32)
+    clean = np.asarray(kernels.norm_linear(jnp.asarray(x), jnp.ones(64), EPS, [w], prompts_at=at)[0])
+    x[11, 5] = bad
+    y = np.asarray(kernels.norm_linear(jnp.asarray(x), jnp.ones(64), EPS, [w], prompts_at=at)[0])
+    assert np.isnan(y[11]).all()
+    np.testing.assert_array_equal(np.delete(y, 11, 0), np.delete(clean, 11, 0))
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -284,15 +334,20 @@ def random_layer(config: ModelConfig, kind: Any, seed: int) -> model.Layer:
     return jax.tree_util.tree_map_with_path(draw, model.spec(config).layers[0])
 
 
-@pytest.mark.parametrize("rows", [[(4, 1)], [(199, 1), (0, 3), (0, 1), (130, 40)]], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+    ("rows", "prompts_at"),
+    [([(4, 1)], None), ([(199, 1), (0, 3), (0, 1), (130, 40)], None), ([(199, 1), (8, 1), (0, 3), (130, 40)], 2), ([(0, 40), (0, 1)], 0)],
+    ids=["decode", "mixed", "decodes and prompts", "prompts"],
+)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "every feature"])
 @pytest.mark.parametrize("kind", [(4, 32, 1, "float16"), (8, 16, 0, "float32"), "bfloat16"], ids=str)
-def test_blocks_in_one_call_are_the_calls_one_by_one(kind: Any, plain: bool, rows: list[tuple[int, int]]) -> None:
+def test_blocks_in_one_call_are_the_calls_one_by_one(kind: Any, plain: bool, rows: list[tuple[int, int]], prompts_at: int | None) -> None:
     biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
     every: dict[str, Any] = biases | {"qk_norm": True, "sliding_window": 50, "no_rope_interval": 2}
     config = dataclasses.replace(CONFIG, num_layers=3, **({} if plain else every | {"gated_mlp": False, "activation": "gelu"}))
     layers = [random_layer(config, kind, seed) for seed in range(3)]
     batch = jax.tree.map(jnp.asarray, ragged(rows, 3, 1, 4, np.random.default_rng(0)))
+    batch = dataclasses.replace(batch, prompts_at=None if prompts_at is None else jnp.array([prompts_at], jnp.int32))
     x = jnp.asarray(normals(batch.tokens.shape[0], 64))
     pages = int(batch.page_tables.max()) + 1
     start = cache.init_cache(config, pages, 4, jnp.dtype("float16"), lambda shape, dtype: jnp.asarray(normals(*shape), dtype))
@@ -306,14 +361,17 @@ def test_blocks_in_one_call_are_the_calls_one_by_one(kind: Any, plain: bool, row
         expected = run(layers)
     used = int(batch.query_starts[-1])
     np.testing.assert_array_equal(found[0][:used], expected[0][:used])
+    assert not found[0][used:].any()  # padding
     for got, wanted in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         real = [i * pages + page for i in range(3) for page in range(1, pages)]  # padding may be written to page 0
         np.testing.assert_array_equal(got[np.asarray(real)], wanted[np.asarray(real)])
 
 
-def test_blocks_with_updates_norms_and_biases_of_runs_are_the_calls_one_by_one() -> None:
+@pytest.mark.parametrize("prompts_at", [0, 6, 16])
+def test_blocks_with_updates_norms_and_biases_of_runs_are_the_calls_one_by_one(prompts_at: int) -> None:
     config = dataclasses.replace(CONFIG, num_layers=2)
     batch = jax.tree.map(jnp.asarray, ragged([(4, 1), (30, 5), (9, 2), (1, 4)], 4, 1, 4, np.random.default_rng(0)))
+    batch = dataclasses.replace(batch, prompts_at=jnp.array([prompts_at], jnp.int32))
     tokens, kind = batch.tokens.shape[0], (4, 32, 1, "float16")
 
     def change(layer: model.Layer, seed: int) -> model.Layer:

@@ -133,6 +133,10 @@ class Bench:
         self.plans.append([(span.sequence.request.id, span.start, span.count) for span in plan])
         assert sum(span.tokens for span in plan) <= self.scheduler.max_step_tokens
         assert len(plan) <= self.rows
+        for span in plan:  # a prompt's tokens are computed otherwise than those after it
+            prompt, end = span.sequence.prompt_length, span.start + span.tokens
+            assert end <= prompt if span.reads_prompt else span.start >= prompt
+        assert sorted(plan, key=lambda span: span.reads_prompt) == list(plan)
         assert sum(1 + len(span.guesses) for span in plan if span.samples) <= self.rows
         read, self.in_flight = self.in_flight, list(zip(plan, self.device.run(plan), strict=True))
         for span, sampled in read:
@@ -182,6 +186,15 @@ def test_decodes_go_before_prompts() -> None:
     bench.add(prompt=9, max_tokens=1)
     bench.step()
     assert bench.plans[1] == [(0, 2, 1), (1, 0, 3)]
+
+
+def test_a_prompt_found_but_for_its_last_token_is_still_a_prompt() -> None:
+    bench = Bench(reuse=True, rows=8)
+    bench.add(prompt=9, max_tokens=2)
+    bench.drain()
+    bench.add(prompt=9, max_tokens=9, speculation=Oracle())
+    plan = bench.scheduler.schedule()
+    assert [(span.start, span.count, span.guesses, span.reads_prompt, span.is_plain_decode) for span in plan] == [(8, 1, (), True, False)]
 
 
 def test_decodes_are_prolonged_as_far_as_the_shortest_goes() -> None:

@@ -70,9 +70,7 @@ def norm_linear(
     return tuple(_product(results, x, norm, eps, weights, biases, None, prompts_at, activation=activation))
 
 
-def linear_add(
-    x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array, prompts_at: jax.Array | None = None
-) -> jax.Array:
+def linear_add(x: jax.Array, w: Weight, bias: jax.Array | None, residual: jax.Array, prompts_at: jax.Array | None = None) -> jax.Array:
     """``residual + x @ w.T + bias``: [T, K], [T, O] -> [T, O] in the residual's dtype."""
     result = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
     out: jax.Array = _product([result], x, None, 0.0, [w], [bias], residual, prompts_at)[0]

@@ -32,7 +32,8 @@ Buffers carve(const Blocks& b, Carver& memory) {
   int64_t inner = 0;
   for (const Block& block : b.blocks) inner = std::max(inner, block.up.format.outputs);
   const int64_t q = row * b.attention.base.heads * hd, kv = row * b.attention.base.kv_heads * hd;
-  return {memory.take(q), memory.take(kv), memory.take(kv), memory.take(q), memory.take(row * b.width), memory.take(row * inner)};
+  const int64_t panels = ceil_div(b.rows, kMostPanel) * kMostPanel * 2;  // bytes of pairs a column
+  return {memory.take(q), memory.take(kv), memory.take(kv), memory.take(q), memory.take(row * b.width), memory.take(std::max(row, panels) * inner)};
 }
 
 Operand storing(Operand w, void* out, DType type, const void* residual = nullptr) {
@@ -43,7 +44,8 @@ Operand storing(Operand w, void* out, DType type, const void* residual = nullptr
   return w;
 }
 
-Product widening(const Blocks& b, const Block& w, const Buffers& m) {
+// in_panels: the results are written as the next product wants them.
+Product widening(const Blocks& b, const Block& w, const Buffers& m, bool in_panels) {
   Product p{m.middle, b.type, b.rows, b.width, w.mlp_norm, b.eps, {}, w.gate.data != nullptr, b.prompts_at};
   if (p.gated) {
     p.operands = {storing(w.gate, m.inner, b.type), w.up};
@@ -52,6 +54,7 @@ Product widening(const Blocks& b, const Block& w, const Buffers& m) {
     p.operands = {storing(w.up, m.inner, b.type)};
   }
   p.operands[0].finish.activation = b.activation;
+  p.operands[0].finish.pairs = in_panels;
   return p;
 }
 
@@ -63,8 +66,9 @@ class BlockRunner {
         project_({x, b.type, b.rows, b.width, w.attention_norm, b.eps,
                  {storing(w.q, m.q, b.type), storing(w.k, m.k, b.type), storing(w.v, m.v, b.type)}, false, b.prompts_at}),
         output_({m.heads, b.type, b.rows, w.o.format.inputs, {}, 0.0f, {storing(w.o, m.middle, b.type, x)}, false, b.prompts_at}),
-        widen_(widening(b, w, m)),
-        narrow_({m.inner, b.type, b.rows, w.down.format.inputs, {}, 0.0f, {storing(w.down, b.out, b.type, m.middle)}, false, b.prompts_at}) {
+        narrow_({m.inner, b.type, b.rows, w.down.format.inputs, {}, 0.0f, {storing(w.down, b.out, b.type, m.middle)}, false, b.prompts_at}),
+        widen_(widening(b, w, m, narrow_.takes_panels())) {
+    if (narrow_.takes_panels()) narrow_.take_panels(m.inner);
     write_.q.in = write_.q_out = m.q;
     write_.k.in = m.k;
     write_.v.in = m.v;
@@ -89,7 +93,7 @@ class BlockRunner {
  private:
   RopeWrite write_;
   const LayerPages pages_;
-  ProductRunner project_, output_, widen_, narrow_;
+  ProductRunner project_, output_, narrow_, widen_;
 };
 
 }  // namespace

@@ -45,6 +45,7 @@ struct Finish {  // what happens to a tile's sums before they are stored
   void* out;
   DType out_type;
   int64_t outputs;  // columns of `out` and `residual`
+  bool pairs = false;  // `out` is panels of the next product, in the form of pairs (AMX), its row 0 the first one's
 };
 
 constexpr int kQueryRows = 32;    // (query, head) pairs of an attention task: two vectors of lanes
@@ -87,6 +88,8 @@ struct RotateTask {
 struct Kernels {
   const char* name;
   int panel;  // rows of a panel
+  int panels_together;  // that a tile meets one after the other: as many as the second-level cache holds
+  bool fills_pairs;  // whether `finish_tile` knows `Finish::pairs`
   bool (*native_pairs)();  // whether bfloat16 pairs have an instruction
   // The product of a panel's rows and `blocks` blocks of one tile, or of two tiles of one format; `out` gets [rows][16] of each. Where `first`
   // others come before those, `out` has what these gave, and the rest is added.

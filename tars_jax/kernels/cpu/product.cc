@@ -5,7 +5,6 @@
 namespace tars {
 namespace {
 
-constexpr int64_t kPanelsTogether = 16;  // 128 rows: they stay in a 1 MiB second-level cache, and 256 rows of AMX in its 2 MiB
 constexpr int64_t kLeastChunkBytes = 8 << 10;
 constexpr double kShareOfRound = 0.9;  // of the tiles that are left
 constexpr int64_t kFetchBytes = 1 << 10;  // at a time, of an operand
@@ -52,6 +51,9 @@ int64_t ProductRunner::bytes_of_panels() const {
   for (const Part& part : parts_) total += part.bytes_of_panels();
   return total;
 }
+
+bool ProductRunner::takes_panels() const { return k_.fills_pairs && parts_.size() == 1 && parts_[0].takes_panels(); }
+void ProductRunner::take_panels(char* panels) { parts_[0].take_panels(panels); }
 
 void ProductRunner::add_to(Stages& stages, int threads, char* memory) {
   cut(threads);
@@ -123,8 +125,12 @@ ProductRunner::Part::Part(const Product& p, const Kernels& k, int64_t first, int
   twins_ = p_.gated && dots_[0].two && dots_[0].two == dots_[1].two && p_.operands[0].format.tile_bytes() == p_.operands[1].format.tile_bytes();
 }
 
+bool ProductRunner::Part::takes_panels() const {
+  return projected_ == forms_[static_cast<int>(Form::kPairs)] && !ranks_ && !p_.norm.data && p_.inputs % kGroup == 0;
+}
+
 int64_t ProductRunner::Part::rows_at_once() const { return rows_ > kFewRows ? k_.panel : kRowsPerTask; }
-int64_t ProductRunner::Part::row_blocks() const { return ceil_div(panels_, kPanelsTogether); }
+int64_t ProductRunner::Part::row_blocks() const { return ceil_div(panels_, k_.panels_together); }
 
 PanelBuffers ProductRunner::Part::buffers(int64_t panel) const {
   char* at = memory_ + panel * panel_size_;
@@ -242,8 +248,10 @@ void ProductRunner::Part::unpack(const Tiles& t, int64_t begin, int64_t end, con
 }
 
 void ProductRunner::Part::multiply_tiles(int64_t row_block, const Tiles& t, Shapes& shapes) const {
-  alignas(64) float sums[kPanelsTogether][2][kMostPanel * kLanes];
-  const int64_t first = row_block * kPanelsTogether, last = std::min(panels_, first + kPanelsTogether), step = stretch(t);
+  static thread_local Scratch scratch;
+  using Sums = float[2][kMostPanel * kLanes];
+  Sums* const sums = static_cast<Sums*>(scratch.get(k_.panels_together * sizeof(Sums)));  // of each panel, or of one after the other
+  const int64_t first = row_block * k_.panels_together, last = std::min<int64_t>(panels_, first + k_.panels_together), step = stretch(t);
   for (int64_t begin = 0; begin < p_.inputs; begin += step) {
     const int64_t end = std::min(begin + step, p_.inputs);
     const uint8_t* parts[2];

@@ -34,6 +34,8 @@ class ProductRunner {
  public:
   explicit ProductRunner(Product product);
   int64_t bytes_of_panels() const;
+  bool takes_panels() const;   // whether its rows may come as panels
+  void take_panels(char* panels);  // those it is to read instead of x
   bool worth_sharing() const;  // whether a thread should be woken for it
   void add_to(Stages& stages, int threads, char* memory);  // memory: for the panels; the next product may use it too
 
@@ -55,10 +57,12 @@ class ProductRunner {
 class ProductRunner::Part {
  public:
   Part(const Product& p, const Kernels& k, int64_t first, int64_t rows, std::vector<Kernels::Dot> dots);
-  int64_t bytes_of_panels() const { return panel_size_ * panels_; }
+  int64_t bytes_of_panels() const { return filled_ ? 0 : panel_size_ * panels_; }
   int64_t panels() const { return panels_; }
-  void use(char* memory) { memory_ = memory; }
-  int64_t preparations() const { return ceil_div(rows_, rows_at_once()); }
+  void use(char* memory) { memory_ = filled_ ? memory_ : memory; }
+  bool takes_panels() const;
+  void take_panels(char* panels) { filled_ = true, memory_ = panels; }
+  int64_t preparations() const { return filled_ ? 0 : ceil_div(rows_, rows_at_once()); }
   void prepare(int64_t preparation) const;
   int64_t row_blocks() const;
   void multiply(int64_t row_block, int64_t begin, int64_t end) const;  // with tiles [begin, end)
@@ -83,6 +87,7 @@ class ProductRunner::Part {
   int64_t ranks_ = 0;  // of all operands' updates
   int64_t forms_[kForms] = {}, projected_ = 0, panel_size_ = 0;  // bytes of a panel's forms, where its projections begin, and all in all
   char* memory_ = nullptr;
+  bool filled_ = false;  // by the product before
 };
 
 void run_product(Pool& pool, Product product);

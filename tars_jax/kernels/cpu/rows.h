@@ -111,6 +111,15 @@ TARS_INLINE void fill_pairs(const float* x, int64_t inputs, int row, uint32_t* o
 #endif
 }
 
+// 16 numbers of a row, from `column` on, to the pairs of its panel among others of `columns` numbers a row.
+TARS_INLINE void store_in_panel([[maybe_unused]] void* panels, int64_t columns, int64_t row, int64_t column, [[maybe_unused]] Floats x) {
+  const int64_t panel = row / kPanel * (columns / 2 * kPanel), group = column / kGroup * (kPanel * kLanes);
+  [[maybe_unused]] const int64_t at = panel + group + row % kPanel * kLanes + column % kGroup / 2;
+#if defined(__AMX_TILE__)
+  store_half_pairs(static_cast<uint32_t*>(panels) + at, x);
+#endif
+}
+
 static void fill_panel(const float* x, int64_t inputs, int row, const PanelBuffers& out) {
   const int64_t groups = ceil_div(inputs, kGroup);
   if (out.groups)
@@ -215,7 +224,8 @@ static void finish_tile(const Finish& f, const float* sums, const float* other, 
       if (other) y = y * (load(other + r * kLanes) + other_bias);
       const int64_t at = (row + r) * f.outputs + column;
       if (f.residual) y = y + load_some(f.residual_type, static_cast<const char*>(f.residual) + at * in_size, lanes);
-      store_some(f.out_type, static_cast<char*>(f.out) + at * out_size, y, lanes);
+      if (f.pairs) store_in_panel(f.out, f.outputs, row + r, column, y);
+      else store_some(f.out_type, static_cast<char*>(f.out) + at * out_size, y, lanes);
     }
   }
 }

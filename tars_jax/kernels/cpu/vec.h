@@ -367,13 +367,21 @@ TARS_INLINE void store_pairs(void* p, Floats low, Floats high) {
   const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]);
   std::memcpy(p, &pairs, sizeof pairs);
 }
+TARS_INLINE void store_half_pairs(void* p, Floats a) {
+  const __m256bh pairs = _mm512_cvtneps_pbh((__m512)a.part[0]);
+  std::memcpy(p, &pairs, sizeof pairs);
+}
 #endif
 TARS_INLINE void store_bf16(void* p, Floats a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)round_bf16(a).part[0]));
+#else
   int32_t x[kLanes];
   uint16_t y[kLanes];
   store(x, round_bf16(a));
   for (int i = 0; i < kLanes; ++i) y[i] = static_cast<uint16_t>(x[i]);
   std::memcpy(p, y, sizeof y);
+#endif
 }
 
 TARS_INLINE Floats load_i8(const void* p) {
