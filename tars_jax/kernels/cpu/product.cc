@@ -6,7 +6,7 @@ namespace tars {
 namespace {
 
 constexpr int64_t kLeastChunkBytes = 8 << 10;
-constexpr double kShareOfRound = 0.9;  // of the tiles that are left
+constexpr double kShareOfRound = 0.9, kShareOfMany = 0.6;  // of the tiles that are left, with few rows or many
 constexpr int64_t kFetchBytes = 1 << 10;  // at a time, of an operand
 constexpr int64_t kPairingRows = 3;  // from here on two tiles of an operand are multiplied at once: fewer rows want one long stream of memory
 constexpr int64_t kFewRows = 64, kRowsPerTask = 2;  // few rows are prepared two at a time, so that all threads have some
@@ -97,13 +97,14 @@ bool ProductRunner::fetch(int64_t chunk, int64_t piece) const {
   return found;
 }
 
-// Rounds of one run of tiles for each thread, ever shorter, so that all end at about the same time: most of a product in the first, for a
-// processor's own prefetcher wants long runs. Of even length, for two tiles are multiplied at once.
+// Rounds of one run of tiles for each thread, ever shorter, so that all end at about the same time. Of few rows most of a product is in the
+// first, for a processor's own prefetcher wants long runs. Of even length, for two tiles are multiplied at once.
 void ProductRunner::cut(int threads) {
   const int64_t tile_bytes = std::max<int64_t>(bytes_ / std::max<int64_t>(total_tiles_, 1), 1);
-  const int64_t least = round_up(std::max<int64_t>(kLeastChunkBytes / tile_bytes, 1), 2);
+  const bool many = p_.rows > kFewRows;
+  const int64_t least = round_up(many ? 1 : std::max<int64_t>(kLeastChunkBytes / tile_bytes, 1), 2);
   for (int64_t at = 0; at < total_tiles_;) {
-    const int64_t fair = static_cast<int64_t>(kShareOfRound * static_cast<double>(total_tiles_ - at)) / threads;
+    const int64_t fair = static_cast<int64_t>((many ? kShareOfMany : kShareOfRound) * static_cast<double>(total_tiles_ - at)) / threads;
     const int64_t size = round_up(std::max(fair, least), 2);
     for (int i = 0; i < threads && at < total_tiles_; ++i, at += size) chunks_.push_back(at);
   }
