@@ -28,6 +28,7 @@ from tars_jax.cache import KVCache, RaggedBatch, init_cache
 from tars_jax.config import EngineConfig, SamplingParams
 from tars_jax.engine.engine import Engine
 from tars_jax.engine.request import Output, Request, new_request_id
+from tars_jax.engine.sizing import cache_dtype_of
 from tars_jax.loaders.loaded import Model
 from tars_jax.model import Decoder, forward, logits
 from tars_jax.rows import pack_row
@@ -138,7 +139,7 @@ def measure_stages(model: Model, count: int, repetitions: int) -> Stages:
     config, dtype, random = model.config, jnp.dtype(model.dtype), np.random.default_rng(0)
     cached = 0 if count > 1 else DECODE_PROMPT
     pages = -(-(cached + count) // PAGE)
-    cache = init_cache(config, pages + 1, PAGE, jnp.dtype("float16"))
+    cache = init_cache(config, pages + 1, PAGE, jnp.dtype(cache_dtype_of(EngineConfig())))
     ids = random.integers(0, config.vocab_size, count).tolist()
     text = model.tokenizer.decode(ids)
     batch = RaggedBatch(
@@ -186,10 +187,10 @@ def measure_roofline(model: Model, count: int, prefill: float, decode: Stages) -
     bytes_per_token = sum(w.nbytes for w in weights) - (0 if tied else model.params.embed.nbytes)
     largest = max(in_blocks, key=lambda w: math.prod(w.shape))
     x = jnp.ones((count, largest.shape[1]), jnp.dtype(model.dtype))
-    multiply = jax.jit(ops.matmul)
+    multiply, prompts_at = jax.jit(ops.matmul), jnp.zeros(1, jnp.int32)
 
     bandwidth = measure_bandwidth()
-    gmacs = count * math.prod(largest.shape) / min(_times(lambda: multiply(x, largest), 10)) / 1e9
+    gmacs = count * math.prod(largest.shape) / min(_times(lambda: multiply(x, largest, prompts_at), 10)) / 1e9
     macs = sum(math.prod(w.shape) for w in in_blocks)
     seconds = (decode["blocks"] + decode["output head and sampling"]) / 1e3
     return Roofline(

@@ -17,7 +17,7 @@ def resolve(config: EngineConfig, model: Model, draft: Model | None = None) -> E
     Raises InvalidRequest for what cannot be, NotEnoughMemory where one request's context does not fit.
     """
     context = planning.served_context(model.config, config)
-    config = dataclasses.replace(config, max_context=context, cache_dtype=config.cache_dtype or _cache_dtype(config))
+    config = dataclasses.replace(config, max_context=context, cache_dtype=config.cache_dtype or cache_dtype_of(config))
     if 0 < config.cache_tokens < context:
         raise InvalidRequest(
             f"a cache of {config.cache_tokens} tokens cannot hold one request of {context}; raise cache_tokens or lower max_context"
@@ -36,7 +36,7 @@ def resolve(config: EngineConfig, model: Model, draft: Model | None = None) -> E
     return dataclasses.replace(config, cache_tokens=tokens, kept_tokens=kept)
 
 
-def _cache_dtype(config: EngineConfig) -> Literal["bfloat16", "float16"]:
+def cache_dtype_of(config: EngineConfig) -> Literal["bfloat16", "float16"]:
     """16 bits: what attention multiplies fastest; where it is all the same, what is more exact."""
     has_kernels = jax.default_backend() == "cpu" and config.tensor_parallel == 1 and kernels.available()
     return "bfloat16" if has_kernels and kernels.multiplies_bf16() else "float16"

@@ -29,10 +29,24 @@ static void store_i8(const float* x, int64_t dim, char* out) {
   }
 }
 
+// What most models have: float32 heads of whole vectors, without a norm.
+TARS_INLINE void rotate_vectors(const RotateTask& t, int64_t token, const float* x, char* out, DType out_type) {
+  const float *cos = t.cos + token * t.half, *sin = t.sin + token * t.half;
+  const int64_t size = size_of(out_type);
+  for (int64_t i = 0; i < t.half; i += kLanes) {
+    const Floats a = load(x + i), b = load(x + t.half + i), c = load(cos + i), s = load(sin + i);
+    store_as(out_type, out + i * size, a * c - b * s);
+    store_as(out_type, out + (t.half + i) * size, b * c + a * s);
+  }
+  for (int64_t d = 2 * t.half; d < t.head_dim; d += kLanes) store_as(out_type, out + d * size, load(x + d));
+}
+
 // Norms and rotates one head of one token; dimension i pairs with i + half, the rest passes through.
 static void rotate(const RotateTask& t, int64_t token, int64_t head, void* out, DType out_type) {
-  float x[kMaxHeadDim + kGroup];
   const char* in = static_cast<const char*>(t.in) + (token * t.heads + head) * t.head_dim * size_of(t.type);
+  if (t.type == DType::kF32 && !t.norm && t.half % kLanes == 0 && t.head_dim % kLanes == 0 && out_type != DType::kI8)
+    return rotate_vectors(t, token, reinterpret_cast<const float*>(in), static_cast<char*>(out), out_type);
+  float x[kMaxHeadDim + kGroup];
   read_row(in, t.type, t.head_dim, t.norm, t.eps, x);
   const float *cos = t.cos + token * t.half, *sin = t.sin + token * t.half;
   for (int64_t i = 0; i < t.half; i += kLanes) {
