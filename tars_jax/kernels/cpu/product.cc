@@ -119,6 +119,7 @@ ProductRunner::Part::Part(const Product& p, const Kernels& k, int64_t first, int
   for (const Kernels::Dot& dot : dots_) {
     const int form = static_cast<int>(dot.form);
     forms_[form] = sizes[form];
+    unpacks_ |= dot.unpack != nullptr;
   }
   for (const Operand& o : p_.operands) ranks_ += o.ranks();
   for (const int64_t bytes : forms_) projected_ += bytes;
@@ -225,23 +226,23 @@ void ProductRunner::Part::multiply(int64_t row_block, int64_t begin, int64_t end
   }
 }
 
-// Inputs that are multiplied for all panels before the next ones.
+// Inputs that are multiplied for all panels before the next ones; the bits do not depend on it.
 int64_t ProductRunner::Part::stretch(const Tiles& t) const {
   const int64_t most = std::min(t.sides[0].dot.stretch, t.sides[1].dot.stretch);
-  if (!most) return p_.inputs;
+  if (!most || panels_ == 1) return p_.inputs;
   return round_up(ceil_div(p_.inputs, ceil_div(p_.inputs, most)), kGroup);
 }
 
 // Some inputs' part of the tiles, in the form in which they are multiplied; it stays valid until the next call of this thread.
 void ProductRunner::Part::unpack(const Tiles& t, int64_t begin, int64_t end, const uint8_t* (&parts)[2]) const {
+  for (int i = 0; i < 2; ++i) parts[i] = t.sides[i].packed() + t.sides[i].blocks(begin) * t.sides[i].operand.format.block_bytes();
+  if (!unpacks_) return;
   static thread_local Scratch scratch;
-  const int sides = t.both || p_.gated ? 2 : 1;
   size_t bytes[2] = {};
-  for (int i = 0; i < sides; ++i) bytes[i] = t.sides[i].dot.unpack ? t.sides[i].dot.block_bytes * round_up(t.sides[i].blocks(end - begin), 2) : 0;
+  for (int i = 0; i < 2; ++i) bytes[i] = t.sides[i].dot.unpack ? t.sides[i].dot.block_bytes * round_up(t.sides[i].blocks(end - begin), 2) : 0;
   uint8_t* at = static_cast<uint8_t*>(scratch.get(bytes[0] + bytes[1]));
-  for (int i = 0; i < sides; at += bytes[i++]) {
+  for (int i = 0; i < (t.both || p_.gated ? 2 : 1); at += bytes[i++]) {
     const Tiles::Side& side = t.sides[i];
-    parts[i] = side.packed() + side.blocks(begin) * side.operand.format.block_bytes();
     if (!side.dot.unpack) continue;
     side.dot.unpack(parts[i], side.blocks(end - begin), at);
     parts[i] = at;
@@ -251,8 +252,9 @@ void ProductRunner::Part::unpack(const Tiles& t, int64_t begin, int64_t end, con
 void ProductRunner::Part::multiply_tiles(int64_t row_block, const Tiles& t, Shapes& shapes) const {
   static thread_local Scratch scratch;
   using Sums = float[2][kMostPanel * kLanes];
-  Sums* const sums = static_cast<Sums*>(scratch.get(k_.panels_together * sizeof(Sums)));  // of each panel, or of one after the other
+  alignas(64) Sums one;
   const int64_t first = row_block * k_.panels_together, last = std::min<int64_t>(panels_, first + k_.panels_together), step = stretch(t);
+  Sums* const sums = step < p_.inputs ? static_cast<Sums*>(scratch.get(k_.panels_together * sizeof(Sums))) : &one;
   for (int64_t begin = 0; begin < p_.inputs; begin += step) {
     const int64_t end = std::min(begin + step, p_.inputs);
     const uint8_t* parts[2];

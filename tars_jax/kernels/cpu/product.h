@@ -83,6 +83,7 @@ class ProductRunner::Part {
   const Kernels& k_;
   const int64_t first_, rows_, panels_;
   const std::vector<Kernels::Dot> dots_;  // of each operand
+  bool unpacks_ = false;
   bool twins_ = false;  // gate and up are of one format
   int64_t ranks_ = 0;  // of all operands' updates
   int64_t forms_[kForms] = {}, projected_ = 0, panel_size_ = 0;  // bytes of a panel's forms, where its projections begin, and all in all
