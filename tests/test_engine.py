@@ -4,6 +4,7 @@ import dataclasses
 import queue
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from tars_jax.adapters import Adapter, Update, apply_adapter
 from tars_jax.engine import engine as engine_module
 from tars_jax.engine.request import Output, Request, new_request_id
 from tars_jax.engine.runner import Runner
+from tars_jax.engine.scheduler import Span
+from tars_jax.engine.step import Batches
 from tars_jax.errors import InvalidRequest, ServerBusy, TarsError
 from tars_jax.quant import LowRank
 from tests.tiny import tiny_model
@@ -121,6 +124,17 @@ def test_memory_that_is_not_enough_for_the_smallest_step_is_an_error(engine: Eng
     monkeypatch.setattr(engine, "_dispatch", fail)
     with pytest.raises(TarsError, match="RESOURCE_EXHAUSTED"):
         text(engine, "hello")
+
+
+def test_a_step_says_where_its_prompts_begin() -> None:
+    def span(start: int, count: int, guesses: tuple[int, ...] = ()) -> Span:
+        sequence: Any = SimpleNamespace(tokens=[65] * 64, slot=0, pages=[1, 2], adapters=(), prompt_length=20)
+        return Span(sequence, start, count, True, guesses)
+
+    batches = Batches(EngineConfig(max_context=64, max_rows=4, page_size=16))
+    for spans, expected in (([span(20, 1, (7, 7)), span(63, 1), span(8, 12)], 4), ([span(0, 3)], 0), ([span(30, 1)], 1)):
+        size, numbers = batches.build(spans)
+        assert batches.layout(size).split(numbers)["prompts_at"].tolist() == [expected]
 
 
 def test_an_answer_of_no_tokens_ends_at_once(engine: Engine) -> None:

@@ -74,7 +74,8 @@ void ProductRunner::add_to(Stages& stages, int threads, char* memory) {
   const int64_t chunks = static_cast<int64_t>(chunks_.size()) - 1;
   stages.add(row_blocks * chunks, [this, chunks](int64_t task) {
     for (const Part& part : parts_) {
-      if (const int64_t block = task / chunks; block < part.row_blocks()) return part.multiply(block, chunks_[task % chunks], chunks_[task % chunks + 1]);
+      const int64_t block = task / chunks, chunk = task % chunks;
+      if (block < part.row_blocks()) return part.multiply(block, chunks_[chunk], chunks_[chunk + 1]);
       task -= part.row_blocks() * chunks;
     }
   }, panels == 1 ? [this](int64_t chunk, int64_t piece) { return fetch(chunk, piece); } : Stages::Fetch());
@@ -114,11 +115,16 @@ void ProductRunner::cut(int threads) {
 ProductRunner::Part::Part(const Product& p, const Kernels& k, int64_t first, int64_t rows, std::vector<Kernels::Dot> dots)
     : p_(p), k_(k), first_(first), rows_(rows), panels_(ceil_div(rows, k.panel)), dots_(std::move(dots)) {
   const int64_t groups = ceil_div(p_.inputs, kGroup);
-  const int64_t sizes[kForms] = {groups * k_.panel * static_cast<int64_t>(sizeof(ActivationGroup)), round_up(groups, 2) * static_cast<int64_t>(sizeof(ActivationTile)),
-                                 round_up(p_.inputs, 2) * k_.panel * 4, groups * kGroup * k_.panel * 2};
+  const auto bytes = [&](Form form) -> int64_t {
+    switch (form) {
+      case Form::kGroups: return groups * k_.panel * sizeof(ActivationGroup);
+      case Form::kTiles: return round_up(groups, 2) * sizeof(ActivationTile);
+      case Form::kPairs: return groups * kGroup * k_.panel * 2;
+      default: return round_up(p_.inputs, 2) * k_.panel * 4;
+    }
+  };
   for (const Kernels::Dot& dot : dots_) {
-    const int form = static_cast<int>(dot.form);
-    forms_[form] = sizes[form];
+    forms_[static_cast<int>(dot.form)] = bytes(dot.form);
     unpacks_ |= dot.unpack != nullptr;
   }
   for (const Operand& o : p_.operands) ranks_ += o.ranks();
