@@ -65,8 +65,8 @@ class Model:
     def logits(self, ids: Sequence[int], *, exact: bool = True) -> np.ndarray:
         """Logits after every token, float32 [T, V]. Raises InvalidRequest or ContextOverflow.
 
-        ``exact`` computes with unrounded activations, whatever the layout of the weights; otherwise as the engine does, whose
-        CPU kernels round activations to 8 bits.
+        ``exact`` computes with unrounded activations, whatever the layout of the weights; otherwise as the engine reads a prompt: its
+        CPU kernels round activations to 8 bits, or with AMX activations and weights to bfloat16.
         """
         count = len(ids)
         if not count:

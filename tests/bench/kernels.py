@@ -112,12 +112,12 @@ def make_layers(rng: np.random.Generator, kind: str) -> list[dict[str, Any]]:
     return jax.tree.map(jnp.asarray, layers)
 
 
-def qkv(layer: dict[str, Any], x: jax.Array) -> tuple[jax.Array, ...]:
-    return kernels.norm_linear(x, layer["attention_norm"], EPS, [layer["q"], layer["k"], layer["v"]])
+def qkv(layer: dict[str, Any], x: jax.Array, at: jax.Array | None) -> tuple[jax.Array, ...]:
+    return kernels.norm_linear(x, layer["attention_norm"], EPS, [layer["q"], layer["k"], layer["v"]], prompts_at=at)
 
 
-def gate_up(layer: dict[str, Any], x: jax.Array) -> jax.Array:
-    return kernels.gated(x, layer["mlp_norm"], EPS, layer["gate"], layer["up"], "silu")
+def gate_up(layer: dict[str, Any], x: jax.Array, at: jax.Array | None) -> jax.Array:
+    return kernels.gated(x, layer["mlp_norm"], EPS, layer["gate"], layer["up"], "silu", prompts_at=at)
 
 
 def report(name: str, rows: int, seconds: float, weights: Sequence[kernels.Tiled], limit: tuple[float, float]) -> None:
@@ -129,16 +129,17 @@ def report(name: str, rows: int, seconds: float, weights: Sequence[kernels.Tiled
 
 def bench_products(layers: list[dict[str, Any]], head: kernels.Tiled, rows: Sequence[int], limit: tuple[float, float]) -> None:
     cases: dict[str, tuple[int, Callable[..., Any], tuple[str, ...]]] = {
-        "qkv": (D, lambda layer, x: sum(y.sum() for y in qkv(layer, x)), ("q", "k", "v")),
-        "o": (D, lambda layer, x: kernels.linear_add(x, layer["o"], None, x), ("o",)),
+        "qkv": (D, lambda layer, x, at: sum(y.sum() for y in qkv(layer, x, at)), ("q", "k", "v")),
+        "o": (D, lambda layer, x, at: kernels.linear_add(x, layer["o"], None, x, at), ("o",)),
         "gate_up": (D, gate_up, ("gate", "up")),
-        "down": (F, lambda layer, x: kernels.linear_add(x, layer["down"], None, x[:, :D]), ("down",)),
+        "down": (F, lambda layer, x, at: kernels.linear_add(x, layer["down"], None, x[:, :D], at), ("down",)),
     }
     for name, (inputs, call, used) in cases.items():
-        run = jax.jit(lambda layers, x, call=call: [call(layer, x) for layer in layers])
+        run = jax.jit(lambda layers, x, at, call=call: [call(layer, x, at) for layer in layers])
         for n in rows:
             x = jnp.asarray(np.random.default_rng(0).normal(size=(n, inputs)), jnp.float32)
-            report(name, n, best(run, layers, x) / LAYERS, [layers[0][w] for w in used], limit)
+            at = jnp.zeros(1, jnp.int32) if n > 16 else None  # many rows are a prompt's
+            report(name, n, best(run, layers, x, at) / LAYERS, [layers[0][w] for w in used], limit)
     run = jax.jit(lambda head, x: kernels.norm_linear(x, None, EPS, [head])[0])
     for n in (n for n in rows if n <= 64):
         report("head", n, best(run, head, jnp.ones((n, D), jnp.float32)), [head], limit)
