@@ -367,6 +367,21 @@ def test_blocks_in_one_call_are_the_calls_one_by_one(kind: Any, plain: bool, row
         np.testing.assert_array_equal(got[np.asarray(real)], wanted[np.asarray(real)])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_prompt_s_states_do_not_depend_on_others_in_the_step(dtype: str) -> None:
+    layers = [random_layer(CONFIG, (4, 32, 1, "float16"), 0)]
+
+    def states(rows: list[tuple[int, int]], prompts_at: int) -> np.ndarray:
+        batch = jax.tree.map(jnp.asarray, ragged(rows, 0, 0, 4, np.random.default_rng(0)))
+        batch = dataclasses.replace(batch, prompts_at=jnp.array([prompts_at], jnp.int32))
+        pages = int(batch.page_tables.max()) + 1
+        start = cache.init_cache(CONFIG, pages, 4, jnp.dtype("float32"))
+        x = jnp.asarray(normals(21, 64)[-batch.tokens.shape[0] :], dtype)
+        return np.asarray(model.run_blocks(layers, CONFIG, x, batch, start, pages=0, context=256)[0], np.float32)
+
+    np.testing.assert_array_equal(states([(0, 1), (0, 20)], 1)[1:], states([(0, 20)], 0))
+
+
 @pytest.mark.parametrize("prompts_at", [0, 6, 16])
 def test_blocks_with_updates_norms_and_biases_of_runs_are_the_calls_one_by_one(prompts_at: int) -> None:
     config = dataclasses.replace(CONFIG, num_layers=2)

@@ -67,8 +67,8 @@ class BlockRunner {
                  {storing(w.q, m.q, b.type), storing(w.k, m.k, b.type), storing(w.v, m.v, b.type)}, false, b.prompts_at}),
         output_({m.heads, b.type, b.rows, w.o.format.inputs, {}, 0.0f, {storing(w.o, m.middle, b.type, x)}, false, b.prompts_at}),
         narrow_({m.inner, b.type, b.rows, w.down.format.inputs, {}, 0.0f, {storing(w.down, b.out, b.type, m.middle)}, false, b.prompts_at}),
-        widen_(widening(b, w, m, narrow_.takes_panels())) {
-    if (narrow_.takes_panels()) narrow_.take_panels(m.inner);
+        widen_(widening(b, w, m, fills_panels(b))) {
+    if (fills_panels(b)) narrow_.take_panels(m.inner);
     write_.q.in = write_.q_out = m.q;
     write_.k.in = m.k;
     write_.v.in = m.v;
@@ -91,6 +91,9 @@ class BlockRunner {
   }
 
  private:
+  // Float16 states would be rounded to that first where a step has other rows too.
+  bool fills_panels(const Blocks& b) const { return b.type != DType::kF16 && narrow_.takes_panels(); }
+
   RopeWrite write_;
   const LayerPages pages_;
   ProductRunner project_, output_, narrow_, widen_;
